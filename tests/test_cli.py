@@ -1,0 +1,82 @@
+"""The console scripts as a user runs them: in a process of their own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+SMALL = [
+    f"changes.{name}={value}"
+    for name, value in dict(
+        dim=32, ffn_dim=64, num_heads=2, encoder_num_blocks=1, decoder_num_blocks=1, emb_dim=32, head_dim=16, rope_dim=12, num_layers=1
+    ).items()
+]
+
+
+def run(command, *args, cwd=None):
+    program = f"import sys; sys.argv[0] = 'cola-{command}'; from cola_tutorial.cli import {command}; sys.exit({command}())"
+    # call_parse reads the arguments only in a script that is run, so the script is a file
+    path = cwd / f"{command}.py"
+    path.write_text(program)
+    return subprocess.run([sys.executable, str(path), *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "info"])
+def test_help_names_every_option(command, tmp_path):
+    done = run(command, "--help", cwd=tmp_path)
+    assert done.returncode == 0 and "usage" in done.stdout and "--help" in done.stdout
+    assert "--json" in done.stdout or command in ("train", "generate")
+
+
+@pytest.mark.parametrize("size, vae, dit", [("full", 501_871_574, 1_829_875_728)])
+def test_info_ends_with_the_released_sizes(size, vae, dit, tmp_path):
+    done = run("info", "--size", size, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["parameters"] == {"vae": vae, "dit": dit}
+
+
+def test_evaluate_ends_with_one_json_object(tmp_path):
+    done = run("evaluate", "--n", 5, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    for name in ("reconstruction", "parses", "consistent"):
+        assert {"value", "low", "high", "n"} <= set(result[name]) and result[name]["n"] == 5
+
+
+@pytest.mark.parametrize(
+    "command, args, words",
+    [
+        ("generate", ["--top-p", "2", "Tom lived"], "top_p is 2"),
+        ("generate", ["Tom lived", ""], "prompt 1 is empty"),
+        ("generate", ["Tom lived near the mill. " * 40], "no room"),
+        ("generate", ["--model", "nowhere", "Tom"], "nowhere"),
+        ("evaluate", ["--n", "0"], "n is 0"),
+        ("info", ["--size", "huge"], "huge"),
+        ("train", ["missing.txt"], "missing.txt"),
+        ("train", ["--set", "stage2.stepz=3"], "stepz"),
+        ("train", ["--steps1", "0"], "steps is 0"),
+        ("train", ["--length", "79"], "79"),
+        ("train", ["--vocab-size", "20"], "20"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(command, args, words, tmp_path):
+    done = run(command, *args, cwd=tmp_path)
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("runs/*/model")), "nothing half-written stays"
+
+
+def test_train_then_generate_on_a_text_file(tmp_path):
+    (tmp_path / "words.txt").write_text("".join(f"The {n} small ships sail over the {n % 7} wide seas.\n" for n in range(400)))
+    changes = [part for setting in SMALL for part in ("--set", setting)]
+    args = ["words.txt", "--out", "run", "--steps1", 6, "--steps2", 4, "--length", 32, "--vocab-size", 300, "--prompt", "The small", *changes]
+    done = run("train", *args, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["parameters"]["vae"] > 0
+    again = run("train", *args, cwd=tmp_path)  # nothing left to do, and nothing lost
+    assert again.returncode == 0, again.stderr
+    other = run("train", *[a if a != 300 else 310 for a in args], cwd=tmp_path)
+    assert other.returncode == 2 and "another run" in other.stderr
+    written = run("generate", "The small ships", "--model", "run/model", "--n", 2, cwd=tmp_path)
+    assert written.returncode == 0 and written.stdout.count("The small ships") >= 2, written.stderr

@@ -1,0 +1,174 @@
+"All blocks at once against block by block with a memory; who influences whom; and where gradients may go."
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cola_tutorial.config import ConfigError, DiTConfig
+from cola_tutorial.dit import DiT, time_waves
+
+SIZE, WIDTH = 3, 4
+
+
+def tiny(**changes):
+    "A DiT whose every weight matters."
+    sizes = dict(
+        latent_dim=WIDTH,
+        dim=16,
+        emb_dim=12,
+        num_heads=2,
+        head_dim=8,
+        expand_ratio=2,
+        num_layers=2,
+        rope_dim=6,
+        block_size=SIZE,
+    )
+    torch.manual_seed(0)
+    dit = DiT(DiTConfig(**sizes | changes)).eval()
+    with torch.no_grad():
+        for weight in dit.parameters():
+            weight.add_(0.2 * torch.randn_like(weight))
+    return dit
+
+
+@pytest.fixture(scope="module")
+def dit():
+    return tiny()
+
+
+def latents(rows, n, seed=1):
+    return torch.randn(2, rows, n, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def block_by_block(dit, z_0, z_t, t, pinned=None):
+    "The velocity of every block as generation asks for it: clean history in a memory, nothing else in sight."
+    rows, n = z_0.shape[:2]
+    cache, parts = dit.new_cache(rows, n), []
+    for start in range(0, n, SIZE):
+        here = slice(start, start + SIZE)
+        times = t[:, None].expand(rows, SIZE)
+        if pinned is not None:
+            times = torch.where(pinned[:, here], 0.0, times)
+        parts.append(dit(z_t[:, here], times, cache=cache))
+        dit(z_0[:, here], torch.zeros(rows), cache=cache)
+        cache.commit([SIZE] * rows)
+    return torch.cat(parts, 1)
+
+
+@torch.no_grad()
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.integers(1, 3), st.integers(1, 4), st.booleans(), st.integers(0, 1000))
+def test_two_copies_are_generation_block_by_block(rows, blocks, with_prefix, seed):
+    dit, n = tiny(), blocks * SIZE
+    z_0, z_t = latents(rows, n, seed)
+    generator = torch.Generator().manual_seed(seed)
+    t, pinned = torch.rand(rows, generator=generator), None
+    if with_prefix:
+        lengths = torch.randint(0, SIZE, (rows, blocks, 1), generator=generator)
+        pinned = (torch.arange(SIZE) < lengths).flatten(1)
+        z_t = torch.where(pinned[..., None], z_0, z_t)
+    at_once = dit.two_copy_velocity(z_0, z_t, t, pinned)
+    torch.testing.assert_close(at_once, block_by_block(dit, z_0, z_t, t, pinned), atol=2e-5, rtol=2e-5)
+
+
+@torch.no_grad()
+def test_a_pinned_latent_carries_time_zero(dit):
+    z_0, z_t = latents(1, SIZE)
+    pinned = torch.tensor([[True, False, False]])
+    one, other = (dit.two_copy_velocity(z_0, z_t, torch.tensor([0.7]), p) for p in (pinned, None))
+    assert (one - other).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_memory_with_rows_of_different_histories(dit):
+    z, _ = latents(2, 3 * SIZE)
+    cache = dit.new_cache(2, 3 * SIZE)
+    dit(z[:, : 2 * SIZE], torch.zeros(2), cache=cache)
+    cache.commit([2 * SIZE, SIZE])
+    noisy, t = torch.randn(2, SIZE, WIDTH), torch.tensor([0.4, 0.9])
+    together = dit(noisy, t, cache=cache)
+    for row, history in enumerate((2 * SIZE, SIZE)):
+        whole = torch.cat([z[row : row + 1, :history], noisy[row : row + 1]], 1)
+        times = torch.cat([torch.zeros(1, history), t[row].expand(1, SIZE)], 1)
+        torch.testing.assert_close(together[row], dit(whole, times)[0, history:], atol=2e-5, rtol=2e-5)
+
+
+def test_no_gradient_reaches_the_clean_history(dit):
+    z_0, z_t = (z.clone().requires_grad_() for z in latents(2, 3 * SIZE))
+    dit.two_copy_velocity(z_0, z_t, torch.tensor([0.3, 0.8])).pow(2).sum().backward()
+    assert z_0.grad is None or not z_0.grad.any()
+    assert z_t.grad.abs().amax(-1).min() > 0
+
+
+@torch.no_grad()
+def test_influence_in_two_copies(dit):
+    z_0, z_t = latents(1, 3 * SIZE)
+    t = torch.tensor([0.5])
+    before = dit.two_copy_velocity(z_0, z_t, t)
+
+    def moved(clean, noisy):
+        return ((dit.two_copy_velocity(clean, noisy, t) - before)[0].abs().amax(-1) > 1e-5).tolist()
+
+    for at in range(3 * SIZE):
+        push = torch.zeros_like(z_0)
+        push[0, at] = 1.0
+        assert moved(z_0 + push, z_t) == [i // SIZE > at // SIZE for i in range(3 * SIZE)]
+        assert moved(z_0, z_t + push) == [i // SIZE == at // SIZE for i in range(3 * SIZE)]
+
+
+@torch.no_grad()
+def test_modulations_looked_up_are_modulations_computed(dit):
+    z, _ = latents(2, 2 * SIZE)
+    times = torch.tensor([0.0, 0.25, 1.0])
+    row = torch.randint(0, 3, (2, 2 * SIZE), generator=torch.Generator().manual_seed(0))
+    looked_up = dit.denoise(z, dit.modulations(times), row)
+    torch.testing.assert_close(looked_up, dit(z, times[row]), atol=1e-5, rtol=1e-5)
+    shared = dit.denoise(z, dit.modulations(times), torch.tensor([[2], [1]]))
+    torch.testing.assert_close(shared, dit(z, times[[2, 1]][:, None].expand(2, 2 * SIZE)), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_rows_of_a_batch_do_not_meet(dit):
+    z_0, z_t = latents(4, 2 * SIZE)
+    t = torch.tensor([0.1, 0.5, 0.9, 0.3])
+    together = dit.two_copy_velocity(z_0, z_t, t)
+    order = [2, 0, 3, 1]
+    torch.testing.assert_close(
+        dit.two_copy_velocity(z_0[order], z_t[order], t[order]), together[order], atol=1e-5, rtol=1e-5
+    )
+    for row in range(4):
+        alone = dit.two_copy_velocity(*(x[row : row + 1] for x in (z_0, z_t, t)))
+        torch.testing.assert_close(alone[0], together[row], atol=1e-5, rtol=1e-5)
+
+
+def test_a_new_network_stands_still():
+    torch.manual_seed(0)
+    config = DiTConfig(
+        latent_dim=WIDTH, dim=16, emb_dim=12, num_heads=2, head_dim=8, num_layers=1, rope_dim=6, block_size=SIZE
+    )
+    assert not DiT(config)(torch.randn(2, 6, WIDTH), torch.tensor([0.2, 0.8])).any()
+
+
+def test_every_weight_learns():
+    dit = tiny()
+    z_0, z_t = latents(2, 2 * SIZE)
+    dit.two_copy_velocity(z_0, z_t, torch.tensor([0.3, 0.8])).pow(2).sum().backward()
+    assert [name for name, weight in dit.named_parameters() if weight.grad is None or not weight.grad.any()] == []
+
+
+def test_time_waves_one_by_one():
+    waves = time_waves(torch.tensor([[0.0, 0.37]]), 8)
+    assert waves.shape == (1, 2, 8)
+    for j in range(4):
+        angle = 370 * 10_000 ** (-j / 4)
+        assert waves[0, 1, [j, j + 4]].tolist() == pytest.approx([math.sin(angle), math.cos(angle)], abs=1e-4)
+    assert waves[0, 0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 5), (2, 6, 1), ()])
+def test_times_of_another_shape_are_refused(dit, shape):
+    with pytest.raises(ConfigError, match="t has shape .*must be \\(B,\\) or \\(B, N\\)"):
+        dit(torch.zeros(2, 6, WIDTH), torch.zeros(shape))

@@ -1,0 +1,472 @@
+"A run that was stopped, killed or refused: what continues is bit for bit what would have been."
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, disable_progress_bars
+from safetensors.torch import load_file
+
+from cola_tutorial.config import ColaConfig, ConfigError, DiTConfig, LoopConfig, Stage1Config, Stage2Config, VAEConfig
+from cola_tutorial.model import ColaDLM, from_pretrained
+from cola_tutorial.training import (
+    MetricsLog,
+    NonFiniteError,
+    RunConfig,
+    Trainer,
+    checkpoints,
+    learning_rate,
+    step_generator,
+    train,
+)
+
+disable_progress_bars()
+LOOP = dict(steps=6, batch_size=4, warmup_steps=2, learning_rate=1e-2, log_every=1, save_every=2)
+STAGE1 = Stage1Config(**LOOP, ema_decay=0.9)
+STAGE2 = Stage2Config(**LOOP, ema_decay=0.9)
+JOINT = replace(STAGE2, vae_lr_ratio=0.5, lambda_ref=1.0)
+EVERY = pytest.mark.parametrize(
+    "config", [STAGE1, STAGE2, JOINT, replace(JOINT, ema_decay=0.0)], ids=["stage1", "stage2", "joint", "joint-plain"]
+)
+
+
+def small(**vae):
+    "A model that trains in milliseconds; dropout, so that the random state matters."
+    torch.manual_seed(0)
+    sizes = dict(
+        vocab_size=13,
+        dim=16,
+        ffn_dim=16,
+        num_heads=2,
+        encoder_num_blocks=1,
+        decoder_num_blocks=1,
+        latent_dim=4,
+        block_size=2,
+    )
+    dit = DiTConfig(
+        latent_dim=4, dim=16, emb_dim=8, num_heads=2, head_dim=8, expand_ratio=2, num_layers=1, rope_dim=4, block_size=2
+    )
+    return ColaDLM(ColaConfig(VAEConfig(**sizes | dict(dropout=0.1) | vae), dit))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    "Ten packed rows, some of them padded."
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 13, (10, 8), generator=generator)
+    document = torch.zeros(10, 8, dtype=torch.long)
+    document[::3, 5:] = -1
+    return Dataset.from_dict({"tokens": tokens.tolist(), "document": document.tolist()}).with_format("torch")
+
+
+def snapshot(trainer):
+    "Everything that a step leaves behind."
+    parts = {f"weights.{k}": v for k, v in trainer.model.state_dict().items()}
+    if trainer.average:
+        parts |= {f"average.{k}": v for k, v in trainer.average.state_dict().items()}
+    if trainer.reference:
+        parts |= {f"reference.{k}": v for k, v in trainer.reference.state_dict().items()}
+    for number, state in trainer.optimizer.state_dict()["state"].items():
+        parts |= {f"optimizer.{number}.{k}": v for k, v in state.items()}
+    return {k: v.clone() for k, v in parts.items()}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def metrics(out):
+    "metrics.jsonl without what the clock decides."
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+@EVERY
+@pytest.mark.parametrize("stop", [2, 4, 5])
+def test_a_stopped_run_continues_bit_for_bit(tmp_path, rows, config, stop):
+    whole = Trainer(small(), rows, config, tmp_path / "whole", rows)
+    whole.run(progress=False)
+    first = Trainer(small(), rows, config, tmp_path / "parts", rows)
+    first.run(until=stop, progress=False)
+    torch.manual_seed(12345)
+    second = Trainer(small(), rows, config, tmp_path / "parts", rows)
+    assert second.resume() and second.step == stop // 2 * 2
+    second.run(progress=False)
+    assert second.step == 6
+    assert_same(snapshot(whole), snapshot(second))
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+
+
+def test_a_resumed_reference_is_the_stage_one_vae_not_the_moving_one(tmp_path, rows):
+    first = Trainer(small(), rows, JOINT, tmp_path)
+    before = {k: v.clone() for k, v in first.reference.state_dict().items()}
+    first.run(until=4, progress=False)
+    assert_same(before, first.reference.state_dict())
+    second = Trainer(first.model, rows, JOINT, tmp_path)
+    assert second.resume()
+    assert_same(before, second.reference.state_dict())
+
+
+def test_metrics_are_one_history(tmp_path, rows):
+    Trainer(small(), rows, STAGE1, tmp_path).run(progress=False)
+    Trainer(small(), rows, STAGE2, tmp_path).run(until=5, progress=False)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "stage2", "st')  # killed while writing
+    third = Trainer(small(), rows, STAGE2, tmp_path)
+    third.resume()
+    third.run(progress=False)
+    assert [(line["stage"], line["step"]) for line in metrics(tmp_path)] == [
+        (s, n) for s in ("stage1", "stage2") for n in range(1, 7)
+    ]
+
+
+def test_lines_behind_the_resumed_step_are_dropped(tmp_path):
+    lines = [{"stage": "stage1", "step": n} for n in (1, 2)] + [{"stage": "stage2", "step": n} for n in (1, 2, 3, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    MetricsLog(tmp_path, "stage2", 3)
+    assert metrics(tmp_path) == lines[:5]
+
+
+def test_only_the_newest_two_checkpoints_of_a_stage_stay(tmp_path, rows):
+    Trainer(small(), rows, STAGE1, tmp_path).run(progress=False)
+    Trainer(small(), rows, replace(STAGE2, save_every=4), tmp_path).run(progress=False)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["stage1-0000004", "stage1-0000006", "stage2-0000004", "stage2-0000006"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(learning_rate=2e-2), dict(batch_size=5), dict(seed=1), dict(steps=8), dict(beta=1.0), dict(ema_decay=0.5)],
+)
+def test_other_settings_are_refused_by_name(tmp_path, rows, change):
+    Trainer(small(), rows, STAGE1, tmp_path).run(until=2, progress=False)
+    name = next(iter(change))
+    with pytest.raises(ConfigError, match=f"other settings.*{name}: .* then, {change[name]} now"):
+        Trainer(small(), rows, replace(STAGE1, **change), tmp_path).resume()
+    assert Trainer(small(), rows, replace(STAGE1, log_every=7, save_every=3, sample_every=2), tmp_path).resume()
+
+
+def test_half_written_folders_are_not_checkpoints(tmp_path, rows):
+    trainer = Trainer(small(), rows, STAGE1, tmp_path)
+    assert not Trainer(small(), rows, STAGE1, tmp_path).resume() and not Trainer(small(), rows, STAGE1).resume()
+    trainer.run(until=2, progress=False)
+    for name in (".stage1-0000004.x7", "stage1-0000004.part", "stage1-9", "stage2-0000006"):
+        shutil.copytree(tmp_path / "checkpoints" / "stage1-0000002", tmp_path / "checkpoints" / name)
+    assert [path.name for path in checkpoints(tmp_path, "stage1")] == ["stage1-0000002"]
+    second = Trainer(small(), rows, STAGE1, tmp_path)
+    assert second.resume() and second.step == 2
+
+
+@pytest.mark.parametrize("name", ["weights", "average", "optimizer"])
+def test_a_cut_checkpoint_is_named_and_not_loaded(tmp_path, rows, name):
+    Trainer(small(), rows, STAGE1, tmp_path).run(until=2, progress=False)
+    path = tmp_path / "checkpoints" / "stage1-0000002" / f"{name}.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"{name}.safetensors is damaged"):
+        Trainer(small(), rows, STAGE1, tmp_path).resume()
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_not_loaded(tmp_path, rows):
+    Trainer(small(), rows, STAGE1, tmp_path).run(until=2, progress=False)
+    path = tmp_path / "checkpoints" / "stage1-0000002" / "weights.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="weights.safetensors"):
+        Trainer(small(), rows, STAGE1, tmp_path).resume()
+
+
+def test_a_broken_state_is_named(tmp_path, rows):
+    Trainer(small(), rows, STAGE1, tmp_path).run(until=2, progress=False)
+    (tmp_path / "checkpoints" / "stage1-0000002" / "state.json").write_text('{"step": ')
+    with pytest.raises(ValueError, match="state.json"):
+        Trainer(small(), rows, STAGE1, tmp_path).resume()
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@EVERY
+def test_a_step_that_is_not_finite_is_named_and_not_taken(rows, config, where):
+    trainer = Trainer(small(), rows, config)
+    trainer.run(until=3, progress=False)
+    weight = next(trainer.parts["vae" if "vae" in trainer.parts else "dit"].parameters())
+    if where == "gradient":
+        weight.register_hook(lambda gradient: gradient * math.inf)
+    else:
+        trainer.terms = lambda *args: {"loss": weight.sum() * math.nan}
+    before = snapshot(trainer)
+    with pytest.raises(NonFiniteError, match=f"{trainer.stage} step 3: .*{where}.* not finite \\(batch rows"):
+        trainer.train_step()
+    assert_same(before, snapshot(trainer))
+    assert trainer.step == 3
+
+
+def test_learning_rate_is_a_ramp_and_half_a_cosine():
+    config = LoopConfig(steps=101, warmup_steps=10, learning_rate=3.0e-3, final_learning_rate=1.0e-3)
+    assert [learning_rate(step, config) for step in (0, 4, 9)] == pytest.approx([3e-4, 1.5e-3, 3e-3])
+    assert [learning_rate(step, config) for step in (10, 55, 100, 500)] == pytest.approx([3e-3, 2e-3, 1e-3, 1e-3])
+    assert learning_rate(25, config) == pytest.approx(2e-3 + 1e-3 * math.cos(math.pi / 6))
+    short = LoopConfig(steps=1, warmup_steps=0)
+    assert learning_rate(0, short) == short.learning_rate
+
+
+def test_the_optimizer_uses_the_schedule_and_the_vaes_share(rows):
+    trainer = Trainer(small(), rows, replace(JOINT, vae_lr_ratio=0.25))
+    for step in range(4):
+        values = trainer.train_step()
+        assert values["learning_rate"] == learning_rate(step, JOINT)
+        rates = {group["share"]: group["lr"] for group in trainer.optimizer.param_groups}
+        assert rates == {1.0: learning_rate(step, JOINT), 0.25: 0.25 * learning_rate(step, JOINT)}
+
+
+def test_only_matrices_decay(rows):
+    trainer = Trainer(small(), rows, STAGE1)
+    for group in trainer.optimizer.param_groups:
+        assert all((p.ndim > 1) == (group["weight_decay"] > 0) for p in group["params"])
+    counted = sum(len(group["params"]) for group in trainer.optimizer.param_groups)
+    assert counted == len(list(trainer.model.vae.parameters()))
+
+
+def test_a_small_share_moves_the_vae_little(rows):
+    def travelled(ratio):
+        trainer = Trainer(small(), rows, replace(STAGE2, vae_lr_ratio=ratio))
+        before = snapshot(trainer)
+        trainer.run(progress=False)
+        after = snapshot(trainer)
+        return tuple(
+            sum((after[k] - before[k]).abs().sum().item() for k in before if k.startswith(f"weights.{part}"))
+            for part in ("vae", "dit")
+        )
+
+    fixed, little, full = (travelled(ratio) for ratio in (0.0, 0.01, 1.0))
+    assert fixed[0] == 0 < little[0] < 0.05 * full[0]
+    assert min(fixed[1], little[1]) > 0.5 * full[1]
+
+
+@EVERY
+def test_a_stage_moves_what_it_trains_and_nothing_else(rows, config):
+    trainer = Trainer(small(), rows, config)
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    trainer.run(progress=False)
+    moved = {k.split(".")[0] for k, v in trainer.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert (
+        moved
+        == {
+            "stage1": {"vae"},
+            "stage2": {"dit", "vae"} if config.__class__ is Stage2Config and config.vae_lr_ratio else {"dit"},
+        }[trainer.stage]
+    )
+
+
+def test_the_average_is_the_exponential_one_and_lent_for_evaluation_only(rows):
+    trainer = Trainer(small(), rows, STAGE2)
+    name, history = "dit.txt_in.proj.weight", []
+    for _ in range(4):
+        trainer.train_step()
+        history.append(trainer.parts.state_dict()[name].clone())
+    expected = history[0]
+    for weights in history[1:]:
+        expected = 0.9 * expected + 0.1 * weights
+    before = snapshot(trainer)
+    with trainer.averaged():
+        torch.testing.assert_close(trainer.parts.state_dict()[name], expected)
+        assert not trainer.parts.training
+    assert trainer.parts.training
+    assert_same(before, snapshot(trainer))
+
+
+def test_a_fixed_vae_does_not_drop_anything_out(rows):
+    config = replace(STAGE2, ema_decay=0.0)
+    wild, calm = (Trainer(small(dropout=rate), rows, config) for rate in (0.5, 0.0))
+    assert_same(
+        {k: torch.tensor(v) for k, v in calm.train_step().items()},
+        {k: torch.tensor(v) for k, v in wild.train_step().items()},
+    )
+
+
+def test_held_out_terms_are_the_same_whenever_asked(rows):
+    trainer = Trainer(small(), rows, STAGE1, held_out=rows)
+    trainer.run(until=2, progress=False)
+    assert trainer.held_out_terms() == trainer.held_out_terms() and "held_out_loss" in trainer.held_out_terms()
+
+
+def test_every_epoch_sees_every_row_once(rows):
+    trainer, seen = Trainer(small(), rows, STAGE1), []
+    original = trainer.terms
+    trainer.terms = lambda rows, indices, generator: seen.extend(indices.tolist()) or original(rows, indices, generator)
+    trainer.run(until=5, progress=False)
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
+
+
+def test_every_step_has_noise_of_its_own():
+    def draw(seed, step):
+        return torch.randn(4, generator=step_generator(seed, step)).tolist()
+
+    assert draw(1, 5) == draw(1, 5)
+    assert len({tuple(draw(seed, step)) for seed in range(3) for step in range(-1, 20)}) == 63
+
+
+def run_config(text):
+    "A whole run on a text file in a second."
+    stage1, stage2 = Stage1Config(**LOOP | dict(steps=4)), replace(JOINT, sample_every=5)
+    changes = dict(
+        dim=16, ffn_dim=16, num_heads=2, head_dim=8, rope_dim=4, emb_dim=8, num_layers=1, latent_dim=4, block_size=4
+    )
+    changes |= dict(encoder_num_blocks=1, decoder_num_blocks=1)
+    return RunConfig(source=str(text), changes=changes, vocab_size=270, length=16, stage1=stage1, stage2=stage2)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "tyger.txt"
+    path.write_text("Tyger Tyger, burning bright, in the forests of the night.\n" * 40)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, text):
+    "The folder of a run that nothing disturbed."
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train(run_config(text), out, sample=lambda model: "", progress=False, cache_dir=out.parent / "cache")
+    return out
+
+
+def test_a_text_file_becomes_a_model(finished):
+    model = from_pretrained(finished / "model")
+    assert model.tokenizer.get_vocab_size() == 270 == model.config.vae.vocab_size and model.generation.max_length == 16
+    steps = [("stage1", n) for n in range(1, 5)] + [("stage2", n) for n in range(1, 7)]
+    assert [(line["stage"], line["step"]) for line in metrics(finished)] == steps
+    stage1 = [line["loss"] for line in metrics(finished) if line["stage"] == "stage1"]
+    assert stage1[-1] < stage1[0] and all(
+        "held_out_loss" in line for line in metrics(finished) if line["step"] % 2 == 0
+    )
+    last = load_file(checkpoints(finished, "stage2")[-1] / "average.safetensors")
+    assert_same(last, {k: v for k, v in model.state_dict().items() if k in last})
+    assert {"run.json", "metrics.jsonl", "checkpoints", "model"} == {path.name for path in finished.iterdir()}
+
+
+def test_a_finished_run_is_only_read_again(finished, text, tmp_path):
+    again = shutil.copytree(finished, tmp_path / "again")
+    train(run_config(text), again, progress=False, cache_dir=finished.parent / "cache")
+    assert metrics(again) == metrics(finished)
+    assert_same(from_pretrained(again / "model").state_dict(), from_pretrained(finished / "model").state_dict())
+
+
+def test_a_folder_of_another_run_is_refused(finished, text):
+    with pytest.raises(ConfigError, match="holds another run.*vocab_size: 270 then, 280 now"):
+        train(replace(run_config(text), vocab_size=280), finished, progress=False, cache_dir=finished.parent / "cache")
+
+
+def test_stage_two_alone_wants_a_trained_vae(text, tmp_path, finished):
+    with pytest.raises(ConfigError, match="run stage 1"):
+        train(run_config(text), tmp_path, stages=("stage2",), progress=False, cache_dir=finished.parent / "cache")
+
+
+CHILD = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import test_training
+from pathlib import Path
+text, out, cache = map(Path, sys.argv[3:6])
+wait = lambda model: sys.stdin.read()
+test_training.train(test_training.run_config(text), out, sample=wait, progress=False, cache_dir=cache)
+"""
+
+
+def child(code, *paths):
+    "A process of its own that runs `code`."
+    here = Path(__file__).resolve().parent
+    command = [sys.executable, "-c", code, str(here.parent), str(here), *map(str, paths)]
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_a_killed_process_continues_bit_for_bit_in_another(finished, text, tmp_path):
+    "The child stops of itself behind step 5 of stage 2, between two checkpoints, and is killed there."
+    out, process = tmp_path / "killed", child(CHILD, text, tmp_path / "killed", finished.parent / "cache")
+    deadline = time.monotonic() + 120
+
+    def reached():
+        return (out / "metrics.jsonl").exists() and any((m["stage"], m["step"]) == ("stage2", 5) for m in metrics(out))
+
+    while time.monotonic() < deadline and process.poll() is None and not reached():
+        try:
+            process.wait(timeout=0.05)
+        except subprocess.TimeoutExpired:
+            continue
+    if process.poll() is not None:
+        pytest.fail(process.stderr.read().decode())
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert [path.name for path in checkpoints(out, "stage2")] == ["stage2-0000002", "stage2-0000004"]
+    process = child(CHILD, text, out, finished.parent / "cache")
+    _, errors = process.communicate(b"", timeout=120)
+    assert process.returncode == 0, errors.decode()
+    assert_same(from_pretrained(out / "model").state_dict(), from_pretrained(finished / "model").state_dict())
+    for ours, theirs in zip(checkpoints(out, "stage2"), checkpoints(finished, "stage2")):
+        for name in ("weights", "average", "reference", "optimizer"):
+            assert_same(load_file(ours / f"{name}.safetensors"), load_file(theirs / f"{name}.safetensors"))
+    lines = [line for line in metrics(out) if line["stage"] == "stage2"]
+    assert lines == [line for line in metrics(finished) if line["stage"] == "stage2"]
+
+
+# At each stage of a save a fork of the child kills itself; the parent, still alive, goes on to the next.
+SAVING = """
+import os, shutil, signal, sys
+sys.path[:0] = sys.argv[1:3]
+import test_training
+from cola_tutorial import training
+from datasets import Dataset
+from pathlib import Path
+rows, out = Dataset.load_from_disk(sys.argv[3]).with_format("torch"), Path(sys.argv[4])
+first = test_training.Trainer(test_training.small(), rows, test_training.STAGE1, out / "start")
+first.run(until=5, progress=False)
+first.train_step()
+die = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+save_file, replace, rmtree = training.save_file, os.replace, shutil.rmtree
+def cut(tensors, path):
+    save_file(tensors, path)
+    os.truncate(path, os.path.getsize(path) // 2)
+    die()
+def late(tensors, path): return die() if "optimizer" in str(path) else save_file(tensors, path)
+def moved(source, target): replace(source, target); die()
+stages = [(training, "save_file", cut), (training, "save_file", late)]
+stages += [(os, "replace", die), (os, "replace", moved), (shutil, "rmtree", die)]
+for number, (module, name, fatal) in enumerate(stages):
+    folder = shutil.copytree(out / "start", out / str(number))
+    first.out = folder
+    if (pid := os.fork()) == 0:
+        setattr(module, name, fatal)
+        first.save()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL, number
+"""
+
+
+def test_a_process_killed_at_any_stage_of_a_save_leaves_a_run_that_continues(rows, tmp_path):
+    rows.save_to_disk(tmp_path / "rows")
+    process = child(SAVING, tmp_path / "rows", tmp_path)
+    _, errors = process.communicate(b"", timeout=120)
+    assert process.returncode == 0, errors.decode()
+    whole = Trainer(small(), rows, STAGE1, tmp_path / "whole")
+    whole.run(progress=False)
+    for number, step in enumerate([4, 4, 4, 6, 6]):
+        trainer = Trainer(small(), rows, STAGE1, tmp_path / str(number))
+        assert trainer.resume() and trainer.step == step
+        trainer.run(progress=False)
+        assert_same(snapshot(whole), snapshot(trainer))
+        assert checkpoints(tmp_path / str(number), "stage1")[-1].name == "stage1-0000006"
