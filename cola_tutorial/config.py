@@ -47,6 +47,8 @@ ATTENTION_KINDS = ("block_causal", "causal", "bidirectional")
 
 def _check_vae(config) -> None:
     "Raise `ConfigError` if a field of a `VAEConfig` is out of its range."
+    for field in fields(config):
+        if field.type is bool: _require(isinstance(getattr(config, field.name), bool), field.name, getattr(config, field.name), "True or False")
     _require_whole(config, "vocab_size dim ffn_dim num_heads encoder_num_blocks decoder_num_blocks latent_dim patch_size block_size")
     _require(config.dim % (2 * config.num_heads) == 0, "dim", config.dim, f"a multiple of 2 * num_heads = {2 * config.num_heads}")
     _require(config.act != "swiglu" or config.ffn_dim % 2 == 0, "ffn_dim", config.ffn_dim, "even with act='swiglu'")

@@ -10,6 +10,7 @@ __all__ = ['PromptError', 'Prompts', 'prompt_tokens', 'read_prompts', 'block_vel
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import index
 
 import torch
 from torch import Tensor
@@ -47,7 +48,9 @@ def prompt_tokens(
         if isinstance(prompt, str):
             if model.tokenizer is None: raise PromptError(f"prompt {number} is a string, but the model has no tokenizer: give token ids")
             ids = model.tokenizer.encode(prompt).ids
-        else: ids = [int(i) for i in prompt]
+        else:
+            try: ids = [index(i) for i in prompt]
+            except TypeError as error: raise PromptError(f"prompt {number} is neither a text nor whole numbers ({error}): give a string or token ids") from error
         if not ids: raise PromptError(f"prompt {number} is empty: give at least one token, or a number instead of prompts to write from nothing")
         last = model.config.vae.vocab_size - 1
         if bad := [i for i in ids if not 0 <= i <= last]: raise PromptError(f"prompt {number} holds token id {bad[0]}, but ids go from 0 to {last}")
@@ -101,7 +104,8 @@ def choose_tokens(
 ) -> Tensor:  # token ids, (B, K) int64
     "Greedy for temperature 0; otherwise sampled from the cut distribution."
     if config.temperature == 0: return logits.argmax(-1)
-    probabilities, order = (logits.float() / config.temperature).softmax(-1).sort(-1, descending=True)
+    logits = logits.float() - logits.float().amax(-1, keepdim=True)  # first, or a small temperature would give inf - inf
+    probabilities, order = (logits / config.temperature).softmax(-1).sort(-1, descending=True)
     if config.top_k: probabilities[..., config.top_k :] = 0
     before = probabilities.cumsum(-1) - probabilities  # probability of all that is likelier
     probabilities = probabilities.masked_fill(before >= config.top_p, 0)  # the likeliest always stays
@@ -230,6 +234,7 @@ def generate(
     starts = [max(0, len(ids) - whole * model.config.vae.patch_size) for ids, whole in zip(tokens, read.whole)]
     limits = _new_token_limits(config, tokens, starts, per_block)
     blocks = max(math.ceil((start + limit) / per_block) for start, limit in zip(starts, limits))
+    if noise is not None: _check_noise(noise, blocks, (len(tokens), model.config.dit.block_size, model.config.dit.latent_dim))
     written, out = [[] for _ in tokens], []
     for block in write_blocks(model, read, config, blocks, seeds, noise, trace):
         out.append(block)
@@ -242,6 +247,13 @@ def _new_token_limits(config: GenerationConfig, tokens: list[list[int]], starts:
     "How many tokens each row may get: max_new_tokens or whole blocks, within max_length."
     wanted = [config.num_blocks * per_block - start if config.num_blocks else config.max_new_tokens for start in starts]
     return [max(1, min(want, config.max_length - len(ids))) for want, ids in zip(wanted, tokens)]
+
+
+def _check_noise(noise: Sequence[Tensor], blocks: int, shape: tuple[int, int, int]) -> None:
+    "Raise `PromptError` unless there is noise of `shape` (B, block_size, d) for each of `blocks` blocks."
+    if len(noise) < blocks: raise PromptError(f"noise is given for {len(noise)} blocks, but {blocks} are to be written: give more, or lower max_new_tokens")
+    for b, z_1 in enumerate(noise):
+        if tuple(z_1.shape) != shape: raise PromptError(f"the noise of block {b} has shape {tuple(z_1.shape)}, but must be (B, block_size, d) = {shape}")
 
 
 def _finish(model: ColaDLM, written: list[list[int]], starts: list[int], limits: list[int], blocks: list[Block]) -> Generation:  # texts, tokens and latents

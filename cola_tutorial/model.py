@@ -10,8 +10,7 @@ __all__ = ['ModelFileError', 'ColaDLM', 'whole_folder', 'whole_file', 'save_pret
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +24,9 @@ from torch import nn
 from cola_tutorial.config import (
     ColaConfig,
     ConfigError,
+    DiTConfig,
     GenerationConfig,
+    VAEConfig,
     dit_from_released,
     dit_to_released,
     vae_from_released,
@@ -72,20 +73,20 @@ class ColaDLM(nn.Module):
 def whole_folder(
     target: str | os.PathLike,  # the folder that shall appear, or be replaced
 ) -> Iterator[Path]:  # an empty folder to write into
-    "Write a folder completely or not at all: an error, or the end of the process, leaves the old one as it was."
+    "Write a folder completely or not at all; a process killed while the two change places leaves the old one as .NAME.old, which the next call puts back."
     target = Path(target)
     if target.exists() and not target.is_dir(): raise ModelFileError(f"{target} is a file: choose another folder to save to")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    fresh, old = (target.with_name(f".{target.name}.{part}") for part in ("new", "old"))
+    if old.exists() and not target.exists(): os.replace(old, target)
+    for left in (fresh, old): shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
+    fresh.mkdir(parents=True)
     try:
         yield fresh
-        os.chmod(fresh, 0o755)
-        if target.exists(): os.replace(target, old := Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)))
-        else: old = None
+        if target.exists(): os.replace(target, old)
         os.replace(fresh, target)
-        if old: shutil.rmtree(old)
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        if old.exists() and not target.exists(): os.replace(old, target)
+        for left in (fresh, old): shutil.rmtree(left, ignore_errors=True)
 
 # %% ../nbs/08_model.ipynb #61dffc34
 @contextmanager
@@ -150,21 +151,27 @@ def load_weights(
     except SafetensorError as error: raise ModelFileError(f"{path} is damaged ({error}): copy the model again") from error
 
 # %% ../nbs/08_model.ipynb #5ba73117
+def _read_config(path: Path, read: Callable) -> VAEConfig | DiTConfig:
+    "The configuration in `path` as `read` understands it; raises `ModelFileError` that names the file."
+    try: return read(read_json(path))
+    except (TypeError, ConfigError) as error: raise ModelFileError(f"{path}: {error}") from error
+
+
 def from_pretrained(
     folder: str | os.PathLike,  # in the released layout
     device: torch.device | str = "cpu",  # where the weights go
     dtype: torch.dtype = torch.float32,  # of the weights
 ) -> ColaDLM:  # in evaluation mode
-    "Read a model; raises `ModelFileError` or `ConfigError` with the file and what is wrong."
+    "Read a model; raises `ModelFileError` with the file and what is wrong, and `ConfigError` where the tokenizer does not fit."
     folder = Path(folder)
     if not folder.is_dir(): raise ModelFileError(f"{folder} is no folder: give the folder that holds cola_vae/ and cola_dit/")
-    vae, dit = vae_from_released(read_json(folder / "cola_vae" / "config.json")), dit_from_released(read_json(folder / "cola_dit" / "config.json"))
+    vae, dit = (_read_config(folder / f"cola_{name}" / "config.json", read) for name, read in (("vae", vae_from_released), ("dit", dit_from_released)))
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
     ours = read_json(folder / "generation.json") if (folder / "generation.json").exists() else {}
     ids = special_ids(tokenizer) if tokenizer is not None else (ours.get("pad_id", vae.vocab_size - 1), ours.get("end_id", vae.vocab_size - 1))
     settings = {k: v for k, v in ours.items() if k not in ("pad_id", "end_id")}
-    try: generation = GenerationConfig(**settings)
-    except (TypeError, ConfigError) as error: raise ModelFileError(f"{folder / 'generation.json'}: {error}") from error
-    model = ColaDLM(ColaConfig(vae, dit, *ids), tokenizer, generation)
+    try: generation, config = GenerationConfig(**settings), ColaConfig(vae, dit, *ids)
+    except (TypeError, ConfigError) as error: raise ModelFileError(f"{folder}: generation.json, or how the parts fit: {error}") from error
+    model = ColaDLM(config, tokenizer, generation)
     for name in ("vae", "dit"): load_weights(getattr(model, name), folder / f"cola_{name}" / "model.safetensors")
     return model.to(device=device, dtype=dtype).eval()

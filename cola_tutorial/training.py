@@ -228,7 +228,7 @@ def run(
     progress: bool = True,  # show a progress bar
 ) -> list[dict]:  # the metrics of every logged step
     "Train to the end (or `until`), logging to metrics.jsonl, with checkpoints and samples on the way."
-    c, history, until = self.config, [], min(until or self.config.steps, self.config.steps)
+    c, history, until = self.config, [], self.config.steps if until is None else min(until, self.config.steps)
     log = MetricsLog(self.out, self.stage, self.step) if self.out and self.step < until else None
     bar = tqdm(total=c.steps, initial=self.step, desc=self.stage, disable=not progress, mininterval=1.0)
     started, tokens = time.perf_counter(), 0

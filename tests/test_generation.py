@@ -267,6 +267,8 @@ def test_strings_are_read_and_written_by_the_tokenizer():
         ([[1], []], "prompt 1 is empty"),
         ([[1], [2, VOCABULARY]], f"prompt 1 holds token id {VOCABULARY}"),
         ([[-1]], "prompt 0 holds token id -1"),
+        ([[1], [2, 1.7]], "prompt 1 is neither a text nor whole numbers"),
+        ([None], "prompt 0 is neither a text nor whole numbers"),
         ([[1] * 64], "prompt 0 has 64 tokens.*64 of this model"),
     ],
 )
@@ -278,6 +280,20 @@ def test_a_prompt_that_cannot_be_continued_is_named(prompts, message):
 def test_the_wrong_number_of_seeds_is_named():
     with pytest.raises(PromptError, match="1 seeds for 2 prompts"):
         generate(small(), 2, PLAIN, seeds=[1])
+
+
+@pytest.mark.parametrize(
+    "count, shape, message",
+    [
+        (2, (1, SIZE, 4), "the noise of block 0 has shape"),
+        (2, (2, SIZE + 1, 4), "the noise of block 0 has shape"),
+        (2, (2, SIZE), "the noise of block 0 has shape"),
+        (1, (2, SIZE, 4), "noise is given for 1 blocks, but 2 are to be written"),
+    ],
+)
+def test_noise_that_does_not_fit_is_named(count, shape, message):
+    with pytest.raises(PromptError, match=message):
+        generate(small(), 2, replace(PLAIN, num_blocks=2), noise=[torch.zeros(shape)] * count)
 
 
 def test_the_longest_prompt_leaves_room_for_one_token():
@@ -331,6 +347,7 @@ def shares(logits, count=20_000, **options):
     [
         (dict(temperature=0.0), [0, 0, 1, 0]),
         (dict(temperature=1.0), [0.1, 0.25, 0.5, 0.15]),
+        (dict(temperature=1e-40), [0, 0, 1, 0]),
         (dict(temperature=0.5), [0.01 / 0.345, 0.0625 / 0.345, 0.25 / 0.345, 0.0225 / 0.345]),
         (dict(temperature=1.0, top_k=1), [0, 0, 1, 0]),
         (dict(temperature=1.0, top_k=2), [0, 1 / 3, 2 / 3, 0]),

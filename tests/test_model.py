@@ -1,6 +1,7 @@
 "A saved model comes back bit for bit, a damaged one is named, and a failing save leaves the old one."
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -111,12 +112,19 @@ def test_generation_settings_that_cannot_be_are_named(folder, settings):
 
 
 @pytest.mark.parametrize(
-    "name, field, value", [("vae", "dim", 17), ("vae", "act", "relu"), ("dit", "heads", 0), ("dit", "patch_size", 2)]
+    "name, field, value",
+    [
+        ("vae", "dim", 17),
+        ("vae", "act", "relu"),
+        ("vae", "post_norm", "yes"),
+        ("dit", "heads", 0),
+        ("dit", "patch_size", 2),
+    ],
 )
 def test_sizes_that_cannot_be_are_named(folder, name, field, value):
     path = folder / f"cola_{name}" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
-    with pytest.raises(ValueError, match="num_heads" if field == "heads" else field):
+    with pytest.raises(ModelFileError, match=f"cola_{name}/config.json: {'num_heads' if field == 'heads' else field}"):
         from_pretrained(folder)
 
 
@@ -193,6 +201,32 @@ def test_saving_again_replaces_the_whole_folder(folder):
     save_pretrained(small(seed=1), folder)
     assert same_weights(from_pretrained(folder), small(seed=1))
     assert not (folder / "stale.txt").exists() and not (folder / "tokenizer.json").exists()
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_save_killed_while_old_and_new_change_places_is_put_right_by_the_next(folder):
+    "A process that dies between the two renames leaves the old folder under a hidden name, and a new one."
+    new, old = (folder.with_name(f".model.{part}") for part in ("new", "old"))
+    folder.rename(old)
+    new.mkdir()
+    with pytest.raises(KeyError):
+        with whole_folder(folder):
+            raise KeyError
+    assert same_weights(from_pretrained(folder), small()) and not new.exists() and not old.exists()
+
+
+def test_a_rename_that_fails_puts_the_old_folder_back(folder, monkeypatch):
+    original = os.replace
+
+    def refuse(source, target):
+        if str(source).endswith(".new"):
+            raise PermissionError(13, "Permission denied")
+        original(source, target)
+
+    monkeypatch.setattr(model_module.os, "replace", refuse)
+    with pytest.raises(PermissionError):
+        save_pretrained(small(seed=1), folder)
+    assert same_weights(from_pretrained(folder), small())
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 

@@ -85,6 +85,15 @@ def assert_same(one, other):
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    "Sums depend on how many threads share them: this process and its children use one."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def metrics(out):
     "metrics.jsonl without what the clock decides."
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
@@ -105,6 +114,11 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path, rows, config, stop):
     assert second.step == 6
     assert_same(snapshot(whole), snapshot(second))
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+
+
+def test_until_zero_trains_nothing(rows, tmp_path):
+    trainer = Trainer(small(), rows, STAGE1, tmp_path)
+    assert trainer.run(until=0, progress=False) == [] and trainer.step == 0
 
 
 def test_a_resumed_reference_is_the_stage_one_vae_not_the_moving_one(tmp_path, rows):
