@@ -166,8 +166,8 @@ def preset(
 # %% ../nbs/01_config.ipynb #fd72c53b
 PRESETS = {  # name -> (fields of VAEConfig, fields of DiTConfig) that differ from the full size
     "tiny": (
-        dict(block_size=4, vocab_size=1024, dim=128, ffn_dim=512, num_heads=4, encoder_num_blocks=2, decoder_num_blocks=2),
-        dict(block_size=4, dim=128, emb_dim=128, num_heads=4, head_dim=32, num_layers=4, rope_dim=24),
+        dict(block_size=2, vocab_size=1024, dim=128, ffn_dim=512, num_heads=4, encoder_num_blocks=2, decoder_num_blocks=2),
+        dict(block_size=2, dim=128, emb_dim=128, num_heads=4, head_dim=32, num_layers=4, rope_dim=24),
     ),
     "small": (
         dict(block_size=4, vocab_size=4096, dim=256, ffn_dim=1024, num_heads=8, encoder_num_blocks=2, decoder_num_blocks=2),

@@ -1,6 +1,7 @@
 "Every notebook runs from top to bottom within its minute, and carries nothing that does not belong in a commit."
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -120,6 +121,15 @@ def test_opens_with_a_title_and_a_promise(name: str) -> None:
     lines = [line for line in source(load(name)["cells"][0]).splitlines() if line.strip()]
     assert lines[0].startswith("# ")
     assert lines[1].startswith("> ") and not lines[2].startswith("> ")
+
+
+@every_notebook
+def test_exercises_are_answered(name: str) -> None:
+    "Every exercise has its answer, in a sentence, there or behind the cell that shows it."
+    prose = "\n".join(source(cell) for cell in load(name)["cells"] if cell["cell_type"] == "markdown")
+    answers = re.findall(r"\(Answer: ([^)]+)", prose)
+    assert prose.count("**Try it.**") <= len(answers)
+    assert all(len(answer.split()) >= 5 for answer in answers), answers
 
 
 @pytest.mark.parametrize(

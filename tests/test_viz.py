@@ -38,6 +38,7 @@ from cola_tutorial.viz import (
     explore,
     follow,
     interactive,
+    pages,
     path_figure,
     plot_path,
     plot_plane,
@@ -54,6 +55,7 @@ STORIES = [GRAMMAR.story(3, i).text for i in range(20)]
 TOKENIZER = train_tokenizer([GRAMMAR.story(4, i).text for i in range(300)], vocab_size=900)
 SMALL = dict(dim=32, emb_dim=32, num_heads=2, head_dim=16, rope_dim=8, num_layers=1, ffn_dim=64, latent_dim=8)
 CONFIG = GenerationConfig(steps=4, max_new_tokens=12)
+LONG = replace(CONFIG, max_new_tokens=26)
 
 
 def tiny(patch_size: int = 1) -> ColaDLM:
@@ -324,6 +326,16 @@ def test_blocks_side_by_side(paths: list[BlockPath]) -> None:
     with pytest.raises(ViewError, match="no blocks"): beside([])
 
 
+def test_pages_hold_every_block_once(paths: list[BlockPath]) -> None:
+    "As many whole blocks as fit, one where none does; the last page may be shorter."
+    four = (paths + paths)[:4]
+    for room, sizes in ((16, [4]), (8, [2, 2]), (11, [2, 2]), (12, [3, 1]), (3, [1, 1, 1, 1])):
+        made = pages(four, room)
+        assert [page.z.shape[1] for page in made] == [4 * n for n in sizes]
+        torch.testing.assert_close(torch.cat([page.z for page in made], 1), torch.cat([path.z for path in four], 1))
+    assert pages([]) == []
+
+
 # Pictures
 
 
@@ -397,8 +409,8 @@ def test_words_cannot_be_markup_in_a_page() -> None:
 
 @pytest.fixture
 def explorer() -> Explorer:
-    "An explorer over few points."
-    made = Explorer(MODEL, POINTS.thin(200), prompt=STORIES[0][:25])
+    "An explorer over few points; its texts fill more than one page."
+    made = Explorer(MODEL, POINTS.thin(200), LONG, STORIES[0][:25])
     yield made
     made.close()
 
@@ -422,19 +434,20 @@ def test_slider_moves_the_figure_and_computes_nothing(explorer: Explorer, monkey
     assert explorer.figure is figure and explorer.widget.children.count(figure) == 1
 
 
-def test_prompt_seed_and_block_change_the_path(explorer: Explorer) -> None:
+def test_prompt_seed_and_page_change_the_path(explorer: Explorer) -> None:
     "Each shows what `follow` gives, in the same figure with the same traces."
     traces = len(explorer.figure.data)
     explorer.controls["prompt"].value = STORIES[3][:30]
     explorer.controls["seed"].value = 4
-    wanted = follow(MODEL, STORIES[3][:30], 4)
+    wanted = pages(follow(MODEL, STORIES[3][:30], 4, LONG))
     assert [p.texts for p in explorer.paths] == [p.texts for p in wanted]
-    explorer.controls["block"].value = 1
+    assert len(wanted) == 2 and wanted[1].z.shape[1] < wanted[0].z.shape[1] == 16
+    explorer.controls["page"].value = 1
     explorer.controls["step"].value = 3
     np.testing.assert_allclose(latents_shown(explorer), fitted(explorer).project(wanted[1].z)[3], atol=1e-5)
     assert viz.html.escape(wanted[1].texts[3]) in explorer.controls["text"].value
     explorer.controls["prompt"].value = ""
-    assert [p.texts for p in explorer.paths] == [p.texts for p in follow(MODEL, "", 4)]
+    assert [p.texts for p in explorer.paths] == [p.texts for p in pages(follow(MODEL, "", 4, LONG))]
     assert len(explorer.figure.data) == traces
 
 
@@ -455,13 +468,13 @@ def test_colours_follow_the_choice(explorer: Explorer) -> None:
 def test_a_prompt_that_cannot_be_continued_leaves_the_figure(explorer: Explorer) -> None:
     "The message is shown, escaped; the next good prompt is followed again."
     before = latents_shown(explorer)
-    explorer.config = replace(CONFIG, max_length=8)
+    explorer.config = replace(LONG, max_length=8)
     explorer.controls["prompt"].value = "<i>" + STORIES[0]
     assert "tokens" in explorer.controls["text"].value and "<i>" not in explorer.controls["text"].value
     np.testing.assert_array_equal(latents_shown(explorer), before)
-    explorer.config = CONFIG
+    explorer.config = LONG
     explorer.controls["prompt"].value = STORIES[5][:20]
-    assert explorer.paths[0].texts == follow(MODEL, STORIES[5][:20], 0)[0].texts
+    assert explorer.paths[0].texts == pages(follow(MODEL, STORIES[5][:20], 0, LONG))[0].texts
 
 
 def test_umap_on_demand_is_fitted_once(explorer: Explorer, fake_umap: None) -> None:
@@ -471,8 +484,8 @@ def test_umap_on_demand_is_fitted_once(explorer: Explorer, fake_umap: None) -> N
         assert word in explorer.figure.layout.xaxis.title.text
     asked = explorer.planes["umap"].projection.calls
     assert [name for name, _ in asked].count("fit") == 1
-    blocks = len(explorer.paths)
-    assert asked[-1] == ("transform", blocks * 5 * 4)  # all blocks and steps at once
+    latents = sum(path.z.shape[1] for path in explorer.paths)
+    assert asked[-1] == ("transform", latents * 5)  # all pages and steps at once
     np.testing.assert_allclose(latents_shown(explorer), explorer.paths[0].z[0, :, :2], atol=1e-6)
 
 
