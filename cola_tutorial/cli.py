@@ -6,6 +6,7 @@
 __all__ = ['named_errors', 'shipped_model', 'change', 'train', 'generate', 'evaluate', 'training_flops', 'environment', 'info']
 
 # %% ../nbs/15_cli.ipynb #0bb690b9
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
@@ -32,12 +33,23 @@ def named_errors(
 ) -> Iterator[None]:  # nothing; a context
     "End the process with status 2 and one line for an error that the user can mend."
     try: yield
-    except (ValueError, NonFiniteError, FileNotFoundError, PermissionError) as error:
+    except BrokenPipeError:  # whoever read our output has gone, as `head` does: end without a word, also when Python closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except (ValueError, NonFiniteError, OSError) as error:
         print(f"{command}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
         print(f"\n{command}: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from error
+
+
+_ARGUMENTS = sys.argv[1:]  # as they were given: `call_parse` drops a first one that is empty
+
+
+def _refuse_empty(name: str) -> None:
+    "Raise `ConfigError` where the first argument on the command line is an empty string."
+    if _ARGUMENTS[:1] == [""]: raise ConfigError(f"{name} is empty: give at least one word, or leave it out")
 
 
 def shipped_model() -> Path:  # folder in the released layout
@@ -65,10 +77,19 @@ def change(
     return replace(record, **{name: value})
 
 
+def _device(name: str) -> str:
+    "The device, tried out; raises `ConfigError` where it cannot be used."
+    try: torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error: raise ConfigError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}): use cpu") from error
+    return name
+
+
 def _sample_text(prompts: list[str] | int) -> Callable[[ColaDLM], str]:
     "What training shows now and then: continuations of `prompts`, or texts from nothing."
+    if isinstance(prompts, list) and not all(prompts): raise ConfigError("--prompt is empty: give it at least one word")
     def sample(model: ColaDLM) -> str:
-        texts = write_texts(model, prompts).texts
+        try: texts = write_texts(model, prompts).texts
+        except ValueError as error: return f"  no samples: {error}"  # never lose a training run for them
         return "\n".join(f"  {prompt}|{text}" for prompt, text in zip(prompts if isinstance(prompts, list) else [""] * prompts, texts))
     return sample
 
@@ -93,6 +114,7 @@ def train(
 ):
     "Train a Text VAE and its prior, and show samples."
     with named_errors("cola-train"):
+        _refuse_empty("source")
         run = read_run(recipe) if recipe else RunConfig()
         plain = {"source": source, "size": size, "length": length, "vocab_size": vocab_size, "tokenizer": tokenizer, "text_column": text_column}
         run = replace(run, **{name: value for name, value in plain.items() if value is not None})
@@ -100,7 +122,7 @@ def train(
         for setting in [f"{name}={value}" for name, value in staged.items() if value is not None] + (set or []): run = change(run, setting)
         folder = Path(out or f"runs/{Path(run.source).stem}-{run.size}")
         print(f"training {run.size} on {run.source} into {folder}")
-        model = train_run(run, folder, tuple(stages.split(",")), _sample_text(prompt or 4), device)
+        model = train_run(run, folder, tuple(stages.split(",")), _sample_text(prompt or 4), _device(device))
         print(dumps({"model": str(folder / "model"), "parameters": model.sizes()}))
 
 # %% ../nbs/15_cli.ipynb #ac18dfd9
@@ -122,7 +144,8 @@ def generate(
     "Continue prompts, one text a paragraph."
     with named_errors("cola-generate"):
         if n < 1: raise ConfigError(f"n is {n}, but must be a whole number >= 1")
-        loaded = from_pretrained(model or shipped_model(), device)
+        _refuse_empty("prompt 0")
+        loaded = from_pretrained(model or shipped_model(), _device(device))
         given = {"max_new_tokens": max_new_tokens, "steps": steps, "solver": solver, "guidance_scale": guidance_scale}
         given |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         config = replace(loaded.generation, **{name: value for name, value in given.items() if value is not None})
@@ -141,7 +164,7 @@ def evaluate(
 ):
     "Story scores of a model, with 95% intervals and what chance gives."
     with named_errors("cola-evaluate"):
-        result = evaluate_stories(from_pretrained(model or shipped_model(), device), n, seed=seed)
+        result = evaluate_stories(from_pretrained(model or shipped_model(), _device(device)), n, seed=seed)
         for name in ("reconstruction", "parses", "consistent"):
             s = result[name]
             print(f"{name:15} {s['value']:7.2%}   [{s['low']:.2%}, {s['high']:.2%}]   n {s['n']}   chance {s['chance']:.2%}")

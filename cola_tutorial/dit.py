@@ -170,7 +170,7 @@ def denoise(
     if positions is None: positions = torch.arange(n, device=z.device) if cache is None else cache.positions(n)
     if mask is None: mask = attention_mask("block_causal", n, size, z.device) if cache is None else cache.mask(n, "block_causal", size)
     *tables, last = tables
-    x = self.txt_in["proj"](z)  # (B, N, dim)
+    x = self.txt_in["proj"](z.to(self.txt_in["proj"].weight.dtype))  # (B, N, dim)
     for layer, (block, table) in enumerate(zip(self.blocks, tables)):
         x = block(x, F.embedding(row, table), positions, mask, cache, layer)
     shift, scale = F.embedding(row, last).chunk(2, dim=-1)

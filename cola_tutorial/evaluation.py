@@ -48,7 +48,7 @@ def wilson(
 def _story_rows(model: ColaDLM, texts: list[str]) -> tuple[Tensor, Tensor]:
     "Token rows padded to whole blocks (B, L) and True where a token of the text stands (B, L)."
     if model.tokenizer is None: raise ConfigError("the model has no tokenizer, so it cannot read stories: load one that has")
-    ids, block = [encoded.ids for encoded in model.tokenizer.encode_batch(texts)], model.config.tokens_per_block
+    ids, block = [encoded.ids for encoded in model.tokenizer.encode_batch(texts, add_special_tokens=False)], model.config.tokens_per_block
     length = math.ceil(max(map(len, ids)) / block) * block
     rows = torch.tensor([row + [model.config.pad_id] * (length - len(row)) for row in ids], device=model.device)
     real = torch.tensor([[i < len(row) for i in range(length)] for row in ids], device=model.device)

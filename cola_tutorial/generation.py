@@ -47,10 +47,10 @@ def prompt_tokens(
     for number, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             if model.tokenizer is None: raise PromptError(f"prompt {number} is a string, but the model has no tokenizer: give token ids")
-            ids = model.tokenizer.encode(prompt).ids
+            ids = model.tokenizer.encode(prompt, add_special_tokens=False).ids
         else:
             try: ids = [index(i) for i in prompt]
-            except TypeError as error: raise PromptError(f"prompt {number} is neither a text nor whole numbers ({error}): give a string or token ids") from error
+            except TypeError as error: raise PromptError(f"prompt {number} is neither a text nor whole numbers ({error}): give one of them") from error
         if not ids: raise PromptError(f"prompt {number} is empty: give at least one token, or a number instead of prompts to write from nothing")
         last = model.config.vae.vocab_size - 1
         if bad := [i for i in ids if not 0 <= i <= last]: raise PromptError(f"prompt {number} holds token id {bad[0]}, but ids go from 0 to {last}")
@@ -228,6 +228,7 @@ def generate(
     tokens = prompt_tokens(model, prompts, config.max_length)
     seeds = list(seeds) if seeds is not None else [config.seed + r for r in range(len(tokens))]
     if not tokens: raise PromptError("there are no prompts: give at least one, or a number to write from nothing")
+    if bad := [s for s in seeds if not isinstance(s, int) or not 0 <= s < 2**63]: raise PromptError(f"seed {bad[0]!r} is no whole number from 0 to 2**63 - 1")
     if len(seeds) != len(tokens): raise PromptError(f"{len(seeds)} seeds for {len(tokens)} prompts: give one each")
     read, per_block = read_prompts(model, tokens), model.config.tokens_per_block
     # Prompt tokens in the first block to be written; none if the prompt's last latent, half padding, ends the history.

@@ -28,9 +28,20 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from .config import ConfigError, GenerationConfig, LoopConfig, Stage1Config, Stage2Config, data_dir, preset
-from .model import ColaDLM, ModelFileError, from_pretrained, load_weights, read_json, save_pretrained, whole_file, whole_folder
+from .model import ColaDLM, ModelFileError, free_folder, from_pretrained, load_weights, read_json, save_pretrained, whole_file, whole_folder
 from .objectives import counted_positions, stage1_terms, stage2_terms
-from .text.corpus import batch_indices, documents, documents_from, load_tokenizer, pack, special_ids, split_rows, token_batch, train_tokenizer
+from cola_tutorial.text.corpus import (
+    batch_indices,
+    documents,
+    documents_from,
+    load_tokenizer,
+    needed_vocabulary,
+    pack,
+    special_ids,
+    split_rows,
+    token_batch,
+    train_tokenizer,
+)
 from .text.stories import Grammar
 
 # %% ../nbs/10_training.ipynb #b5b8fdd0
@@ -83,6 +94,8 @@ class Trainer:
         held_out: Dataset | None = None,  # rows for held-out losses
         sample: Callable[[ColaDLM], str] | None = None,  # called now and then; its text is shown
     ):
+        block, length = model.config.tokens_per_block, len(rows[0]["tokens"]) if len(rows) else 0
+        if not length or length % block: raise ConfigError(f"{len(rows)} rows of {length} tokens: give at least one, of a multiple of {block} tokens (a block)")
         self.model, self.rows, self.config, self.sample = model, rows, config, sample
         self.stage = "stage1" if isinstance(config, Stage1Config) else "stage2"
         self.out, self.held_out, self.step = Path(out) if out else None, held_out, 0
@@ -177,7 +190,7 @@ def save(self: Trainer) -> Path:  # the checkpoint's folder
         if self.reference: save_file(cpu(self.reference), out / "reference.safetensors")
         save_file(_optimizer_tensors(self.optimizer), out / "optimizer.safetensors")
         averaged = int(self.average.n_averaged) if self.average else 0
-        state = {"step": self.step, "averaged": averaged, "config": asdict(self.config), "sha256": _digests(out)}
+        state = {"step": self.step, "averaged": averaged, "config": asdict(self.config), "text": _text_digest(self.model, self.rows), "sha256": _digests(out)}
         (out / "state.json").write_text(json.dumps(state, indent=2))
     for old in checkpoints(self.out, self.stage)[:-2]: shutil.rmtree(old)
     return folder
@@ -188,6 +201,13 @@ def _digests(folder: Path) -> dict[str, str]:  # file name -> sha256
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.safetensors"))}
 
 
+def _text_digest(model: ColaDLM, rows: Dataset) -> str:
+    "A fingerprint of tokenizer and rows, by which a changed text is found."
+    ends = [list(map(int, rows[i]["tokens"])) for i in (0, len(rows) - 1)]
+    spelled = model.tokenizer.to_str() if model.tokenizer is not None else ""
+    return hashlib.sha256(json.dumps([spelled, len(rows), ends]).encode()).hexdigest()
+
+
 def checkpoints(
     out: str | os.PathLike,  # run folder
     stage: str,  # stage1 or stage2
@@ -196,24 +216,37 @@ def checkpoints(
     return sorted(p for p in (Path(out) / "checkpoints").glob(f"{stage}-*") if re.fullmatch(rf"{stage}-\d{{7}}", p.name))
 
 # %% ../nbs/10_training.ipynb #c7fcd2f8
-@patch
-def resume(self: Trainer) -> bool:  # False if there is no checkpoint to resume from
-    "Continue from the newest checkpoint of this stage; raises `ConfigError` if its settings were others."
-    found = checkpoints(self.out, self.stage) if self.out else []
-    if not found: return False
-    state, digests = read_json(found[-1] / "state.json"), _digests(found[-1])
-    for name, digest in state["sha256"].items():
-        if digests.get(name) != digest: raise ModelFileError(f"{found[-1] / name} is damaged or missing: remove this checkpoint to go on from the one before")
+def _newest(
+    out: Path,  # run folder
+    stage: str,  # stage1 or stage2
+    config: LoopConfig,  # settings to go on with
+    text: str,  # fingerprint of the rows to go on with
+) -> tuple[Path, dict] | None:  # folder and state of the newest checkpoint; None if there is none
+    "Where a stage can be taken up; raises `ConfigError` if its settings or its text were others."
+    if not (found := checkpoints(out, stage)): return None
+    state, now = read_json(found[-1] / "state.json"), asdict(config)
     free = ("log_every", "sample_every", "save_every")
-    now = asdict(self.config)
     changed = [f"{k}: {v} then, {now.get(k)} now" for k, v in state["config"].items() if k not in free and now.get(k) != v]
     if changed: raise ConfigError(f"{found[-1]} was made with other settings ({'; '.join(changed)}): use the same, or another --out folder")
-    load_weights(self.parts, found[-1] / "weights.safetensors")
+    if state.get("text") != text: raise ConfigError(f"{found[-1]} was made from another text or tokenizer: use the same, or another --out folder")
+    return found[-1], state
+
+
+@patch
+def resume(self: Trainer) -> bool:  # False if there is no checkpoint to resume from
+    "Continue from the newest checkpoint of this stage; raises `ConfigError` if its settings or its text were others."
+    newest = _newest(self.out, self.stage, self.config, _text_digest(self.model, self.rows)) if self.out else None
+    if newest is None: return False
+    folder, state = newest
+    digests = _digests(folder)
+    for name, digest in state["sha256"].items():
+        if digests.get(name) != digest: raise ModelFileError(f"{folder / name} is damaged or missing: remove this checkpoint to go on from the one before")
+    load_weights(self.parts, folder / "weights.safetensors")
     if self.average:
-        load_weights(self.average.module, found[-1] / "average.safetensors")
+        load_weights(self.average.module, folder / "average.safetensors")
         self.average.n_averaged.fill_(state["averaged"])
-    if self.reference: load_weights(self.reference, found[-1] / "reference.safetensors")
-    stored = load_file(found[-1] / "optimizer.safetensors")
+    if self.reference: load_weights(self.reference, folder / "reference.safetensors")
+    stored = load_file(folder / "optimizer.safetensors")
     entries = {}
     for name, value in stored.items(): entries.setdefault(int(name.split(".", 1)[0]), {})[name.split(".", 1)[1]] = value
     self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": entries})
@@ -283,6 +316,7 @@ class RunConfig:
     init: str | None = None  # a model folder to go on from, tokenizer included; None: new weights
     source: str = "stories"  # the story corpus, a file or folder of text, or a hub data set's name
     text_column: str = "text"  # column of jsonl, parquet and hub data
+    broken: str = "raise"  # broken lines and rows of the source: raise, or skip (left out and counted)
     size: str = "tiny"  # preset: tiny, small or full
     changes: dict = field(default_factory=dict)  # fields of the preset to change
     tokenizer: str | None = None  # a tokenizer.json to use; None: train one
@@ -293,10 +327,24 @@ class RunConfig:
     stage2: Stage2Config = Stage2Config()  # training of the prior
     generation: GenerationConfig = GenerationConfig()  # settings stored with the model
 
+    def __post_init__(self):
+        for name in ("stories", "length", "vocab_size"):
+            value = getattr(self, name)
+            if value is None and name != "stories": continue
+            if type(value) is not int or value < 1: raise ConfigError(f"{name} is {value!r}, but must be a whole number >= 1")
+        for name in ("source", "text_column", "size"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value: raise ConfigError(f"{name} is {value!r}, but must be a name")
+        if not isinstance(self.changes, dict): raise ConfigError(f"changes is {self.changes!r}, but must name fields: --set changes.patch_size=2")
+        if taken := {"name", "vocab_size"} & self.changes.keys(): raise ConfigError(f"changes holds {sorted(taken)}: set size and vocab_size themselves")
+        theirs = [name for name in ("tokenizer", "vocab_size", "changes") if getattr(self, name)]
+        if self.init and theirs: raise ConfigError(f"init brings its own sizes and tokenizer: leave out {', '.join(theirs)}")
+        if self.tokenizer and self.vocab_size: raise ConfigError("vocab_size is for a tokenizer that is trained: leave it out beside tokenizer")
+
 # %% ../nbs/10_training.ipynb #fe91f494
 def _texts(run: RunConfig, cache_dir) -> tuple[Dataset, Dataset | None]:
     "Training documents, and held-out documents where the text is endless (the stories)."
-    if run.source != "stories": return documents(run.source, text_column=run.text_column, cache_dir=cache_dir), None
+    if run.source != "stories": return documents(run.source, text_column=run.text_column, broken=run.broken, cache_dir=cache_dir), None
     grammar, digest = Grammar.load(), hashlib.sha256((data_dir() / "stories.json").read_bytes()).hexdigest()
     def made(split: str, count: int) -> Dataset:
         texts = lambda: (grammar.story(0, i, split).text for i in range(count))
@@ -307,10 +355,13 @@ def _texts(run: RunConfig, cache_dir) -> tuple[Dataset, Dataset | None]:
 
 def _new_model(run: RunConfig, texts: Dataset) -> ColaDLM:
     "The model of `run.init`, or one with new weights and the tokenizer given, or trained on `texts`."
-    if run.init: return from_pretrained(run.init)
+    if run.init:
+        model = from_pretrained(run.init)
+        if model.tokenizer is None: raise ConfigError(f"{run.init} has no tokenizer.json, so no text can be read: put its tokenizer there")
+        return model
     config = preset(run.size, vocab_size=run.vocab_size, **run.changes)
-    tokenizer = load_tokenizer(run.tokenizer) if run.tokenizer else train_tokenizer(_some_texts(texts), config.vae.vocab_size)
-    vae, (pad_id, end_id) = replace(config.vae, vocab_size=tokenizer.get_vocab_size()), special_ids(tokenizer)
+    tokenizer = load_tokenizer(run.tokenizer, add=True) if run.tokenizer else train_tokenizer(_some_texts(texts), config.vae.vocab_size)
+    vae, (pad_id, end_id) = replace(config.vae, vocab_size=needed_vocabulary(tokenizer)), special_ids(tokenizer)
     torch.manual_seed(run.stage1.seed)
     return ColaDLM(replace(config, vae=vae, pad_id=pad_id, end_id=end_id), tokenizer)
 
@@ -330,7 +381,7 @@ def prepare(
     "Tokenizer, model and packed rows; raises `ConfigError`, `CorpusError`, `ModelFileError` with what is wrong."
     texts, held_texts = _texts(run, cache_dir)
     model = _new_model(run, texts)
-    length = run.length or (80 if run.source == "stories" else 128)
+    length = (80 if run.source == "stories" else 128) if run.length is None else run.length
     layout = {"layout": "document" if run.source == "stories" else "stream", "multiple_of": model.config.tokens_per_block, "cache_dir": cache_dir}
     rows = pack(texts, model.tokenizer, length, **layout)
     rows, held_out = split_rows(rows) if held_texts is None else (rows, pack(held_texts, model.tokenizer, length, **layout))
@@ -347,43 +398,44 @@ def train(
     progress: bool = True,  # show progress bars
     cache_dir: str | os.PathLike | None = None,  # of prepared rows
 ) -> ColaDLM:  # trained, in evaluation mode; also saved in out/model
-    "Run both stages, continuing the run found in `out`; raises `ConfigError` if `out` holds another run."
-    out = Path(out)
-    _same_run(run, out)
+    "Run both stages, continuing the run found in `out`; raises `ConfigError` if `out` holds another run. Nothing is written before all is checked."
+    out, model_folder = Path(out), free_folder(Path(out) / "model")
+    if not stages or set(stages) - {"stage1", "stage2"}: raise ConfigError(f"stages is {list(stages)}, but may hold stage1 and stage2")
+    _refuse_other_run(run, out)
+    needs_vae = "stage1" not in stages and not run.init
+    if needs_vae and not model_folder.exists(): raise ConfigError(f"stage 2 alone needs a trained VAE: run stage 1 into {out} first")
     model, rows, held_out = prepare(run, cache_dir)
     model = model.to(device)
-    if unknown := set(stages) - {"stage1", "stage2"}: raise ConfigError(f"stages holds {sorted(unknown)}, but may hold stage1 and stage2")
-    if "stage1" not in stages and not run.init:
-        if not (out / "model").exists(): raise ConfigError(f"stage 2 alone needs a trained VAE: run stage 1 into {out} first")
-        model.vae.load_state_dict(from_pretrained(out / "model").vae.state_dict())
-    for stage in stages:
+    for stage in stages: _newest(out, stage, getattr(run, stage), _text_digest(model, rows))
+    with whole_file(out / "run.json") as part: part.write_text(json.dumps(asdict(run), indent=2) + "\n")
+    if needs_vae: model.vae.load_state_dict(from_pretrained(model_folder).vae.state_dict())
+    for stage in sorted(set(stages)):
         trainer = Trainer(model, rows, getattr(run, stage), out, held_out, sample if stage == "stage2" else None)
         trainer.resume()
         trainer.run(progress=progress)
         if trainer.average: trainer.parts.load_state_dict(trainer.average.module.state_dict())
-        save_pretrained(model, out / "model")
+        # A finished prior must not be overwritten by stage 1, which has none, when the same run is asked for again.
+        if stage == "stage2" or not checkpoints(out, "stage2"): save_pretrained(model, model_folder)
     return model.requires_grad_(False).eval()
 
 
-def _same_run(run: RunConfig, out: Path) -> None:
-    "Write run.json, or raise `ConfigError` where it tells of a run on other text or of another size."
-    path, text = out / "run.json", json.dumps(asdict(run), indent=2)
-    if path.exists():
-        then, now = json.loads(path.read_text()), json.loads(text)
-        changed = [
-            f"{k}: {then.get(k)!r} then, {now[k]!r} now"
-            for k in ("init", "source", "text_column", "size", "changes", "tokenizer", "vocab_size", "length", "stories") if then.get(k) != now[k]
-        ]
-        if changed: raise ConfigError(f"{out} holds another run ({'; '.join(changed)}): choose another folder, or the same settings")
-    with whole_file(path) as part: part.write_text(text + "\n")
+def _refuse_other_run(run: RunConfig, out: Path) -> None:
+    "Raise `ConfigError` where `out` holds the results of a run on other text or of another size."
+    path = out / "run.json"
+    if not path.exists() or not any(checkpoints(out, stage) for stage in ("stage1", "stage2")): return
+    then, now = read_json(path), asdict(run)
+    changed = [
+        f"{k}: {then.get(k)!r} then, {now[k]!r} now"
+        for k in ("init", "source", "text_column", "broken", "size", "changes", "tokenizer", "vocab_size", "length", "stories") if then.get(k) != now[k]
+    ]
+    if changed: raise ConfigError(f"{out} holds another run ({'; '.join(changed)}): choose another folder, or the same settings")
 
 # %% ../nbs/10_training.ipynb #a45d4d1d
 def read_run(
     path: str | os.PathLike,  # a run.json
 ) -> RunConfig:  # checked
-    "The settings of a run; raises `ConfigError` for a file that is no such record."
-    try: stored = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error: raise ConfigError(f"{path} cannot be read as a run.json: {error}") from error
+    "The settings of a run; raises `ModelFileError` for what is no JSON object, and `ConfigError` for one that is no such record."
+    stored = read_json(Path(path))
     parts = {"stage1": Stage1Config, "stage2": Stage2Config, "generation": GenerationConfig}
     try: return RunConfig(**stored | {name: kind(**stored.get(name, {})) for name, kind in parts.items()})
     except TypeError as error: raise ConfigError(f"{path} is no run.json of this version: {error}") from error

@@ -156,7 +156,7 @@ class TextDecoder(nn.Module):
         angles = rotary_angles(positions, c.dim // c.num_heads, c.rope_theta)
         if cache is None: mask = attention_mask(c.attention, n, c.block_size, z.device)
         else: mask = cache.mask(n, c.attention, c.block_size)
-        x = self.in_layer(z)  # (B, N, dim)
+        x = self.in_layer(z.to(self.in_layer.weight.dtype))  # (B, N, dim)
         for layer, block in enumerate(self.blocks): x = block(x, angles, mask, cache, layer)
         x = rearrange(self.unpatch_layer(x), "b n (e p) -> b (n p) e", p=c.patch_size)
         return self.final_layer(self.final_norm(x))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OKABE_ITO', 'ViewError', 'TokenPoints', 'token_name', 'story_points', 'LatentPlane', 'axis_labels', 'trust_statement',
-           'plot_plane', 'BlockPath', 'follow', 'beside', 'plot_reading', 'plot_path', 'settling_times', 'path_figure',
-           'Explorer', 'explore', 'interactive']
+           'plot_plane', 'BlockPath', 'follow', 'beside', 'pages', 'plot_reading', 'plot_path', 'settling_times',
+           'path_figure', 'Explorer', 'explore', 'interactive']
 
 # %% ../nbs/14_viz.ipynb #3f93c01e
 import html
@@ -90,7 +90,7 @@ def story_points(
         batch = ids[first : first + batch_size]
         for row, tokens in zip(read_prompts(model, batch).latents, batch): latents.append(row[torch.arange(len(tokens)) // patch].cpu())
     for text in texts:
-        for name, values in _said(grammar, text, model.tokenizer.encode(text).offsets).items(): said[name] += values
+        for name, values in _said(grammar, text, model.tokenizer.encode(text, add_special_tokens=False).offsets).items(): said[name] += values
     if not latents: raise ViewError("there are no texts: give at least one")
     return TokenPoints(torch.cat(latents), [token_name(model.tokenizer, i) for row in ids for i in row], said)
 
@@ -232,6 +232,15 @@ def beside(
     names = [[name for part in parts for name in part] for parts in zip(*(path.names for path in paths))]
     texts = ["".join(parts) for parts in zip(*(path.texts for path in paths))]
     return replace(paths[0], z=z, tokens=tokens, confidence=confidence, names=names, texts=texts)
+
+
+def pages(
+    paths: Sequence[BlockPath],  # blocks of one text, in order
+    room: int = 16,  # latents on a page, if a block is not longer
+) -> list[BlockPath]:  # wide blocks; the last may be shorter
+    "The blocks of a text, side by side, page by page."
+    count = max(1, room // paths[0].z.shape[1]) if paths else 1
+    return [beside(paths[i : i + count]) for i in range(0, len(paths), count)]
 
 # %% ../nbs/14_viz.ipynb #ebc2ff22
 def plot_reading(
@@ -388,7 +397,7 @@ def _controls(points: TokenPoints, steps: int) -> dict[str, widgets.Widget]:
     made = {
         "prompt": widgets.Text("", description="Prompt:", placeholder=hint, continuous_update=False, layout={"width": "70%"}, **wide),
         "seed": widgets.BoundedIntText(0, 0, 2**31 - 1, description="Seed:", continuous_update=False, **wide),
-        "block": widgets.Dropdown(options=[("1", 0)], description="Block:", **wide),
+        "page": widgets.Dropdown(options=[("1", 0)], description="Page of the text:", **wide),
         "choice": widgets.Dropdown(options=[*points.said], description="Colour words by:", **wide),
         "method": widgets.Dropdown(options=[("PCA", "pca"), ("UMAP (takes seconds)", "umap")], description="Projection:", **wide),
         "play": widgets.Play(0, 0, steps, interval=300, description="Play the steps"),
@@ -418,19 +427,19 @@ class Explorer:
         self.figure = None
         self.write()
         row = lambda *names: widgets.HBox([self.controls[name] for name in names], layout={"flex_flow": "row wrap"})
-        rows = [row("prompt", "seed"), row("block", "choice", "method"), row("play", "step")]
+        rows = [row("prompt", "seed"), row("page", "choice", "method"), row("play", "step")]
         self.widget = widgets.VBox([*rows, self.controls["text"], self.figure, self.controls["note"]])
-        for names, action in ((("prompt", "seed"), self.write), (("block", "choice", "method"), self.draw), (("step",), self.show)):
+        for names, action in ((("prompt", "seed"), self.write), (("page", "choice", "method"), self.draw), (("step",), self.show)):
             for name in names: self.controls[name].observe(lambda change, action=action: action(), "value")
 
     def write(self) -> None:
         "A new prompt or seed: write the text, keep every step of it, and draw. A prompt that cannot be continued changes nothing."
-        try: self.paths = follow(self.model, self.controls["prompt"].value, self.controls["seed"].value, self.config)
+        try: self.paths = pages(follow(self.model, self.controls["prompt"].value, self.controls["seed"].value, self.config))
         except PromptError as error: self.controls["text"].value = f"<b>{html.escape(str(error))}</b>"
         else:
-            self.flat: dict[str, Tensor] = {}  # the way in each plane, (blocks, S + 1, n, 2)
-            blocks = [(str(i + 1), i) for i in range(len(self.paths))]
-            if self.controls["block"].options != tuple(blocks): self.controls["block"].options = blocks
+            self.flat: dict[str, tuple[Tensor, ...]] = {}  # the way of each page in each plane, (S + 1, n, 2)
+            numbers = [(str(i + 1), i) for i in range(len(self.paths))]
+            if self.controls["page"].options != tuple(numbers): self.controls["page"].options = numbers
             self.draw()
 
 # %% ../nbs/14_viz.ipynb #82b54904
@@ -450,18 +459,20 @@ def plane(self: Explorer) -> LatentPlane:
         self.controls["note"].value = "Fitting, once ..."
         self.planes[method] = LatentPlane(self.points.latents, method)
         self.clouds[method] = self.planes[method].project(self.points.latents)
-    if method not in self.flat: self.flat[method] = self.planes[method].project(torch.stack([path.z for path in self.paths]))
+    if method not in self.flat:
+        every = self.planes[method].project(torch.cat([path.z for path in self.paths], 1))  # (S + 1, n of all pages, 2)
+        self.flat[method] = every.split([path.z.shape[1] for path in self.paths], 1)
     return self.planes[method]
 
 # %% ../nbs/14_viz.ipynb #465d1c11
 @patch
 def draw(self: Explorer) -> None:
-    "Another text, block, colouring or projection: change the whole figure in place."
-    plane, block = self.plane(), self.controls["block"].value
-    self.path, self.way = self.paths[block], self.flat[plane.method][block]
+    "Another text, page, colouring or projection: change the whole figure in place."
+    plane, page = self.plane(), self.controls["page"].value
+    self.path, self.way = self.paths[page], self.flat[plane.method][page]
     cloud = _cloud(self.clouds[plane.method], self.points, self.controls["choice"].value, _slots(self.points))
     if self.figure is None: self.figure = go.FigureWidget(_figure(plane, cloud, _moving(self.way, self.path, 0), self.path.tokens.shape[1]))
-    across, up = _reach(self.clouds[plane.method], self.flat[plane.method])
+    across, up = _reach(self.clouds[plane.method], *self.flat[plane.method])
     with self.figure.batch_update():
         for trace, new in zip(self.figure.data, cloud): trace.update(new)
         for axis, title, reach in zip((self.figure.layout.xaxis, self.figure.layout.yaxis), axis_labels(plane), (across, up)):

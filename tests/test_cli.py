@@ -58,13 +58,28 @@ def test_evaluate_ends_with_one_json_object(tmp_path):
         ("train", ["--steps1", "0"], "steps is 0"),
         ("train", ["--length", "79"], "79"),
         ("train", ["--vocab-size", "20"], "20"),
+        ("train", ["--set", "stories=2e5"], "stories is 200000.0"),
+        ("train", ["--stages", "stage3"], "stage3"),
+        ("train", ["--device", "gpu"], "device 'gpu' cannot be used here"),
+        ("train", ["--recipe", "list.json"], "list.json"),
+        ("train", [""], "source is empty"),
+        ("train", ["empty.txt"], "empty.txt"),
+        ("train", ["latin.txt"], "latin.txt, line 1: not UTF-8"),
+        ("train", ["folder"], "a folder without text"),
+        ("train", ["--out", "empty.txt", "good.txt"], "empty.txt"),
+        ("train", ["--tokenizer", "list.json", "good.txt"], "list.json: not a tokenizer"),
+        ("generate", [""], "prompt 0 is empty"),
+        ("generate", ["--seed", "99999999999999999999", "Tom"], "seed is 99999999999999999999"),
     ],
 )
 def test_mistakes_are_named_in_one_line(command, args, words, tmp_path):
+    (tmp_path / "folder").mkdir()
+    for name, content in (("list.json", b"[]"), ("empty.txt", b""), ("latin.txt", b"caf\xe9"), ("good.txt", b"One line.\n" * 50)):
+        (tmp_path / name).write_bytes(content)
     done = run(command, *args, cwd=tmp_path)
     assert done.returncode == 2 and words in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
-    assert not list(tmp_path.glob("runs/*/model")), "nothing half-written stays"
+    assert not (tmp_path / "runs").exists(), "nothing half-written stays"
 
 
 def test_train_then_generate_on_a_text_file(tmp_path):

@@ -25,6 +25,7 @@ from cola_tutorial.text.corpus import (
     documents,
     documents_from,
     load_tokenizer,
+    needed_vocabulary,
     pack,
     special_ids,
     split_rows,
@@ -134,6 +135,16 @@ def test_missing_tokenizer(tmp_path):
     for path in (tmp_path, tmp_path / "none.json"):
         with pytest.raises(CorpusError, match="cannot be read"):
             load_tokenizer(path)
+
+
+def test_a_given_tokenizer_gets_the_special_tokens_that_it_lacks(tmp_path):
+    other = Tokenizer(models.BPE({"a": 0, "b": 1, END: 7}, []))
+    other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    other.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path, add=True)
+    pad, end = special_ids(loaded)
+    assert end == 7 and pad not in (0, 1, 7) and loaded.encode("ab").ids == [0, 1]
+    assert needed_vocabulary(loaded) == max(pad, end) + 1 > loaded.get_vocab_size()
 
 
 def test_tokenizer_with_other_names(tmp_path):
@@ -332,7 +343,7 @@ def test_parquet_row_that_is_no_text(read, tmp_path):
 @pytest.mark.parametrize("content", ["", " \n\t\n", "\ufeff"])
 def test_empty_text_is_left_out_and_counted(read, tmp_path, content):
     path = written(tmp_path / "a.txt", content)
-    with pytest.raises(CorpusError, match="No text is left: 1 empty"):
+    with pytest.raises(CorpusError, match="No text is left in .*: 1 empty"):
         read(path)
     written(tmp_path / "b.txt", "good")
     with pytest.warns(UserWarning, match="1 empty and 0 broken documents; 1 remain"):

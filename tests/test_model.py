@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from cola_tutorial import model as model_module
 from cola_tutorial.config import ColaConfig, ConfigError, DiTConfig, GenerationConfig, VAEConfig
+from cola_tutorial.generation import generate
 from cola_tutorial.model import ColaDLM, ModelFileError, from_pretrained, save_pretrained, whole_file, whole_folder
 from cola_tutorial.text.corpus import train_tokenizer
 
@@ -228,6 +229,20 @@ def test_a_rename_that_fails_puts_the_old_folder_back(folder, monkeypatch):
         save_pretrained(small(seed=1), folder)
     assert same_weights(from_pretrained(folder), small())
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_other_files_in_the_way_are_named_and_kept(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "thesis.tex").write_text("dear")
+    with pytest.raises(ModelFileError, match="holds other files"):
+        save_pretrained(small(), tmp_path / "model")
+    assert (tmp_path / "model" / "thesis.tex").read_text() == "dear"
+
+
+def test_half_precision_writes_texts(folder):
+    model = from_pretrained(folder, dtype=torch.bfloat16)
+    written = generate(model, ["a cat", "the"], GenerationConfig(max_new_tokens=6, steps=2, max_length=64))
+    assert len(written.tokens) == 2 and written.latents.isfinite().all()
 
 
 def test_a_file_in_the_way_is_named_and_kept(tmp_path):

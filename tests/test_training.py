@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from datasets import Dataset, disable_progress_bars
 from safetensors.torch import load_file
 
 from cola_tutorial.config import ColaConfig, ConfigError, DiTConfig, LoopConfig, Stage1Config, Stage2Config, VAEConfig
-from cola_tutorial.model import ColaDLM, from_pretrained
+from cola_tutorial.model import ColaDLM, ModelFileError, from_pretrained
 from cola_tutorial.training import (
     MetricsLog,
     NonFiniteError,
@@ -25,6 +25,7 @@ from cola_tutorial.training import (
     Trainer,
     checkpoints,
     learning_rate,
+    read_run,
     step_generator,
     train,
 )
@@ -378,6 +379,113 @@ def test_a_finished_run_is_only_read_again(finished, text, tmp_path):
 def test_a_folder_of_another_run_is_refused(finished, text):
     with pytest.raises(ConfigError, match="holds another run.*vocab_size: 270 then, 280 now"):
         train(replace(run_config(text), vocab_size=280), finished, progress=False, cache_dir=finished.parent / "cache")
+
+
+def files(folder):
+    "Content of every file below a folder."
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("stages", [("stage1", "stage2"), ("stage1",)])
+def test_the_same_command_leaves_a_finished_model_as_it_is(finished, text, tmp_path, stages):
+    again = shutil.copytree(finished, tmp_path / "again")
+    train(run_config(text), again, stages, progress=False, cache_dir=finished.parent / "cache")
+    assert files(again / "model") == files(finished / "model")
+
+
+def test_a_refused_run_changes_nothing(finished, text, tmp_path):
+    again = shutil.copytree(finished, tmp_path / "again")
+    run = run_config(text)
+    longer = replace(run, stage2=replace(run.stage2, steps=99))
+    with pytest.raises(ConfigError, match="other settings.*steps: 6 then, 99 now"):
+        train(longer, again, progress=False, cache_dir=finished.parent / "cache")
+    assert files(again) == files(finished)
+
+
+def test_a_changed_text_is_noticed(text, tmp_path):
+    own = tmp_path / "own.txt"
+    own.write_text(text.read_text())
+    train(run_config(own), tmp_path / "run", progress=False, cache_dir=tmp_path / "cache")
+    before = files(tmp_path / "run")
+    own.write_text(text.read_text() + "What immortal hand or eye could frame thy fearful symmetry?\n")
+    with pytest.raises(ConfigError, match="another text or tokenizer"):
+        train(run_config(own), tmp_path / "run", progress=False, cache_dir=tmp_path / "cache")
+    assert files(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(length=15), "length=15"),
+        (dict(vocab_size=20), "vocab_size=20"),
+        (dict(source="nowhere.txt"), "nowhere.txt: cannot be read"),
+        (dict(changes=dict(dimm=16)), "dimm"),
+    ],
+)
+def test_a_run_that_cannot_begin_leaves_no_folder(text, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        train(replace(run_config(text), **change), tmp_path / "run", progress=False, cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(stories=0), "stories is 0"),
+        (dict(stories=2e5), "stories is 200000.0"),
+        (dict(length=0), "length is 0"),
+        (dict(length="80"), "length is '80'"),
+        (dict(vocab_size=True), "vocab_size is True"),
+        (dict(source=""), "source is ''"),
+        (dict(text_column=3), "text_column is 3"),
+        (dict(changes="abc"), "changes is 'abc'"),
+        (dict(changes=dict(vocab_size=300)), "vocab_size"),
+        (dict(init="model", vocab_size=300), "init brings its own.*vocab_size"),
+        (dict(tokenizer="tokenizer.json", vocab_size=300), "leave it out beside tokenizer"),
+    ],
+)
+def test_settings_of_a_run_that_cannot_be_are_named(change, message):
+    with pytest.raises(ConfigError, match=message):
+        RunConfig(**change)
+
+
+@pytest.mark.parametrize("stages", [(), ("stage3",), ("stage1", "")])
+def test_unknown_stages_are_named(text, tmp_path, stages):
+    with pytest.raises(ConfigError, match="may hold stage1 and stage2"):
+        train(run_config(text), tmp_path / "run", stages, progress=False)
+
+
+def test_other_files_in_the_models_place_are_named_and_kept(text, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "thesis.tex").write_text("dear")
+    with pytest.raises(ModelFileError, match="holds other files"):
+        train(run_config(text), tmp_path, progress=False, cache_dir=tmp_path / "cache")
+    assert (tmp_path / "model" / "thesis.tex").read_text() == "dear" and not (tmp_path / "run.json").exists()
+
+
+def test_going_on_from_a_model_wants_its_tokenizer(finished, text, tmp_path):
+    folder = shutil.copytree(finished / "model", tmp_path / "model")
+    run = replace(run_config(text), init=str(folder), vocab_size=None, changes={})
+    assert train(run, tmp_path / "run", progress=False, cache_dir=tmp_path / "cache").tokenizer is not None
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match="has no tokenizer.json"):
+        train(run, tmp_path / "other", progress=False, cache_dir=tmp_path / "cache")
+
+
+def test_rows_that_are_no_whole_blocks_are_named(rows):
+    short = rows.map(lambda row: {"tokens": row["tokens"][:7], "document": row["document"][:7]})
+    with pytest.raises(ConfigError, match="10 rows of 7 tokens.*multiple of 2"):
+        Trainer(small(), short, STAGE1)
+
+
+def test_a_recipe_that_is_none_is_named(tmp_path):
+    path = tmp_path / "run.json"
+    for content, error in ((b"[]", ModelFileError), (b"{", ModelFileError), (b'{"stepz": 3}', ConfigError), (b'{"stage1": {"steps": 0}}', ConfigError)):
+        path.write_bytes(content)
+        with pytest.raises(error, match="run.json|steps is 0"):
+            read_run(path)
+    path.write_text(json.dumps(asdict(RunConfig(source="book.txt", stories=7))))
+    assert read_run(path) == RunConfig(source="book.txt", stories=7)
 
 
 def test_stage_two_alone_wants_a_trained_vae(text, tmp_path, finished):
