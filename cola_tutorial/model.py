@@ -78,7 +78,7 @@ def whole_folder(
     if target.exists() and not target.is_dir(): raise ModelFileError(f"{target} is a file: choose another folder to save to")
     fresh, old = (target.with_name(f".{target.name}.{part}") for part in ("new", "old"))
     if old.exists() and not target.exists(): os.replace(old, target)
-    for left in (fresh, old): shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
+    for left in filter(Path.exists, (fresh, old)): shutil.rmtree(left)  # of a process that was killed
     fresh.mkdir(parents=True)
     try:
         yield fresh
@@ -86,7 +86,7 @@ def whole_folder(
         os.replace(fresh, target)
     finally:
         if old.exists() and not target.exists(): os.replace(old, target)
-        for left in (fresh, old): shutil.rmtree(left, ignore_errors=True)
+        for left in filter(Path.exists, (fresh, old)): shutil.rmtree(left, ignore_errors=True)
 
 # %% ../nbs/08_model.ipynb #61dffc34
 @contextmanager

@@ -182,7 +182,7 @@ def plot_plane(
     for group in _groups(plane.project(points.latents), points, choice):
         rest = group.colour == _REST
         edge = {"linewidths": 0, "edgecolors": "none"} if rest else {"linewidths": 0.3, "edgecolors": "black"}
-        axes.scatter(*group.where.T, s=4 if rest else 22, c=group.colour, marker=group.shape[0], label=group.name, **edge)
+        axes.scatter(*group.where.T, s=4 if rest else 22, c=group.colour, marker=group.shape[0], label=group.name, antialiased=not rest, **edge)
     axes.set(title=f"words by {choice}", xlabel=axis_labels(plane)[0], ylabel=axis_labels(plane)[1])
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, markerscale=1.3)
     return axes
@@ -273,7 +273,7 @@ def plot_path(
 ) -> Axes:  # drawn on
     "The way of each latent of a block over the plane, from noise (dark) to meaning (light, with its word)."
     axes = axes or plt.subplots(figsize=(7, 4), dpi=72)[1]
-    if points is not None: axes.scatter(*plane.project(points.latents).T, s=3, c=_REST, linewidths=0)
+    if points is not None: axes.scatter(*plane.project(points.latents).T, s=3, c=_REST, linewidths=0, antialiased=False)
     flat = plane.project(path.z).transpose(0, 1)  # (n, S + 1, 2)
     lines = torch.stack([flat[:, :-1], flat[:, 1:]], 2).reshape(-1, 2, 2)
     strokes = LineCollection(lines.numpy(), array=path.times[:-1].repeat(len(flat)).numpy(), cmap="cividis_r", linewidths=1.4)
