@@ -151,7 +151,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'cola_tutorial.model.ColaDLM.device': ('model.html#coladlm.device', 'cola_tutorial/model.py'),
                                      'cola_tutorial.model.ColaDLM.sizes': ('model.html#coladlm.sizes', 'cola_tutorial/model.py'),
                                      'cola_tutorial.model.ModelFileError': ('model.html#modelfileerror', 'cola_tutorial/model.py'),
-                                     'cola_tutorial.model._read_config': ('model.html#_read_config', 'cola_tutorial/model.py'),
+                                     'cola_tutorial.model._naming': ('model.html#_naming', 'cola_tutorial/model.py'),
                                      'cola_tutorial.model.free_folder': ('model.html#free_folder', 'cola_tutorial/model.py'),
                                      'cola_tutorial.model.from_pretrained': ('model.html#from_pretrained', 'cola_tutorial/model.py'),
                                      'cola_tutorial.model.load_weights': ('model.html#load_weights', 'cola_tutorial/model.py'),

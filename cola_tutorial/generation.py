@@ -228,7 +228,8 @@ def generate(
     tokens = prompt_tokens(model, prompts, config.max_length)
     seeds = list(seeds) if seeds is not None else [config.seed + r for r in range(len(tokens))]
     if not tokens: raise PromptError("there are no prompts: give at least one, or a number to write from nothing")
-    if bad := [s for s in seeds if not isinstance(s, int) or not 0 <= s < 2**63]: raise PromptError(f"seed {bad[0]!r} is no whole number from 0 to 2**63 - 1")
+    bad = [s for s in seeds if not hasattr(s, "__index__") or not 0 <= s < 2**63]
+    if bad: raise PromptError(f"seed {bad[0]!r} is no whole number from 0 to 2**63 - 1")
     if len(seeds) != len(tokens): raise PromptError(f"{len(seeds)} seeds for {len(tokens)} prompts: give one each")
     read, per_block = read_prompts(model, tokens), model.config.tokens_per_block
     # Prompt tokens in the first block to be written; none if the prompt's last latent, half padding, ends the history.

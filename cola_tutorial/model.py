@@ -10,7 +10,7 @@ __all__ = ['ModelFileError', 'ColaDLM', 'whole_folder', 'whole_file', 'free_fold
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -24,9 +24,7 @@ from torch import nn
 from cola_tutorial.config import (
     ColaConfig,
     ConfigError,
-    DiTConfig,
     GenerationConfig,
-    VAEConfig,
     dit_from_released,
     dit_to_released,
     vae_from_released,
@@ -53,7 +51,8 @@ class ColaDLM(nn.Module):
         super().__init__()
         if tokenizer is not None:
             if (ids := special_ids(tokenizer)) != (config.pad_id, config.end_id):
-                raise ConfigError(f"the tokenizer's pad and end ids are {ids}, but the configuration says {(config.pad_id, config.end_id)}: take a pair")
+                wanted = config.pad_id, config.end_id
+                raise ConfigError(f"the tokenizer's pad and end ids are {ids}, but the configuration says {wanted}: take both from one model")
             if (needed := needed_vocabulary(tokenizer)) > config.vae.vocab_size:
                 raise ConfigError(f"the tokenizer has {needed} tokens, but the VAE only {config.vae.vocab_size}: raise vocab_size")
         self.config, self.tokenizer, self.generation = config, tokenizer, generation or GenerationConfig()
@@ -162,9 +161,10 @@ def load_weights(
     except SafetensorError as error: raise ModelFileError(f"{path} is damaged ({error}): copy the model again") from error
 
 # %% ../nbs/08_model.ipynb #5ba73117
-def _read_config(path: Path, read: Callable) -> VAEConfig | DiTConfig:
-    "The configuration in `path` as `read` understands it; raises `ModelFileError` that names the file."
-    try: return read(read_json(path))
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    "Turn what is wrong with settings into a `ModelFileError` that says where they stand."
+    try: yield
     except (TypeError, ConfigError) as error: raise ModelFileError(f"{path}: {error}") from error
 
 
@@ -176,14 +176,15 @@ def from_pretrained(
     "Read a model; raises `ModelFileError` with the file and what is wrong."
     folder = Path(folder)
     if not folder.is_dir(): raise ModelFileError(f"{folder} is no folder: give the folder that holds cola_vae/ and cola_dit/")
-    vae, dit = (_read_config(folder / f"cola_{name}" / "config.json", read) for name, read in (("vae", vae_from_released), ("dit", dit_from_released)))
+    paths = [folder / f"cola_{name}" / "config.json" for name in ("vae", "dit")]
+    with _naming(paths[0]): vae = vae_from_released(read_json(paths[0]))
+    with _naming(paths[1]): dit = dit_from_released(read_json(paths[1]))
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
     ours = read_json(folder / "generation.json") if (folder / "generation.json").exists() else {}
     ids = special_ids(tokenizer) if tokenizer is not None else (ours.get("pad_id", vae.vocab_size - 1), ours.get("end_id", vae.vocab_size - 1))
     settings = {k: v for k, v in ours.items() if k not in ("pad_id", "end_id")}
-    try: generation, config = GenerationConfig(**settings), ColaConfig(vae, dit, *ids)
-    except (TypeError, ConfigError) as error: raise ModelFileError(f"{folder}: generation.json, or how the parts fit: {error}") from error
-    try: model = ColaDLM(config, tokenizer, generation)
-    except ConfigError as error: raise ModelFileError(f"{folder / 'tokenizer.json'}: {error}") from error
+    with _naming(folder / "generation.json"): generation = GenerationConfig(**settings)
+    with _naming(folder): config = ColaConfig(vae, dit, *ids)
+    with _naming(folder / "tokenizer.json"): model = ColaDLM(config, tokenizer, generation)
     for name in ("vae", "dit"): load_weights(getattr(model, name), folder / f"cola_{name}" / "model.safetensors")
     return model.to(device=device, dtype=dtype).eval()

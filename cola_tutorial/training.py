@@ -30,18 +30,8 @@ from tqdm.auto import tqdm
 from .config import ConfigError, GenerationConfig, LoopConfig, Stage1Config, Stage2Config, data_dir, preset
 from .model import ColaDLM, ModelFileError, free_folder, from_pretrained, load_weights, read_json, save_pretrained, whole_file, whole_folder
 from .objectives import counted_positions, stage1_terms, stage2_terms
-from cola_tutorial.text.corpus import (
-    batch_indices,
-    documents,
-    documents_from,
-    load_tokenizer,
-    needed_vocabulary,
-    pack,
-    special_ids,
-    split_rows,
-    token_batch,
-    train_tokenizer,
-)
+from .text.corpus import batch_indices, documents, documents_from, load_tokenizer, needed_vocabulary
+from .text.corpus import pack, special_ids, split_rows, token_batch, train_tokenizer
 from .text.stories import Grammar
 
 # %% ../nbs/10_training.ipynb #b5b8fdd0
@@ -96,7 +86,7 @@ class Trainer:
     ):
         block, length = model.config.tokens_per_block, len(rows[0]["tokens"]) if len(rows) else 0
         if not length or length % block: raise ConfigError(f"{len(rows)} rows of {length} tokens: give at least one, of a multiple of {block} tokens (a block)")
-        self.model, self.rows, self.config, self.sample = model, rows, config, sample
+        self.model, self.rows, self.config, self.sample, self.text = model, rows, config, sample, _text_digest(model, rows)
         self.stage = "stage1" if isinstance(config, Stage1Config) else "stage2"
         self.out, self.held_out, self.step = Path(out) if out else None, held_out, 0
         names = ["vae"] if self.stage == "stage1" else ["dit", "vae"] if config.vae_lr_ratio > 0 else ["dit"]
@@ -190,7 +180,7 @@ def save(self: Trainer) -> Path:  # the checkpoint's folder
         if self.reference: save_file(cpu(self.reference), out / "reference.safetensors")
         save_file(_optimizer_tensors(self.optimizer), out / "optimizer.safetensors")
         averaged = int(self.average.n_averaged) if self.average else 0
-        state = {"step": self.step, "averaged": averaged, "config": asdict(self.config), "text": _text_digest(self.model, self.rows), "sha256": _digests(out)}
+        state = {"step": self.step, "averaged": averaged, "config": asdict(self.config), "text": self.text, "sha256": _digests(out)}
         (out / "state.json").write_text(json.dumps(state, indent=2))
     for old in checkpoints(self.out, self.stage)[:-2]: shutil.rmtree(old)
     return folder
@@ -235,7 +225,7 @@ def _newest(
 @patch
 def resume(self: Trainer) -> bool:  # False if there is no checkpoint to resume from
     "Continue from the newest checkpoint of this stage; raises `ConfigError` if its settings or its text were others."
-    newest = _newest(self.out, self.stage, self.config, _text_digest(self.model, self.rows)) if self.out else None
+    newest = _newest(self.out, self.stage, self.config, self.text) if self.out else None
     if newest is None: return False
     folder, state = newest
     digests = _digests(folder)
@@ -381,7 +371,7 @@ def prepare(
     "Tokenizer, model and packed rows; raises `ConfigError`, `CorpusError`, `ModelFileError` with what is wrong."
     texts, held_texts = _texts(run, cache_dir)
     model = _new_model(run, texts)
-    length = (80 if run.source == "stories" else 128) if run.length is None else run.length
+    length = run.length or (80 if run.source == "stories" else 128)
     layout = {"layout": "document" if run.source == "stories" else "stream", "multiple_of": model.config.tokens_per_block, "cache_dir": cache_dir}
     rows = pack(texts, model.tokenizer, length, **layout)
     rows, held_out = split_rows(rows) if held_texts is None else (rows, pack(held_texts, model.tokenizer, length, **layout))
@@ -406,7 +396,8 @@ def train(
     if needs_vae and not model_folder.exists(): raise ConfigError(f"stage 2 alone needs a trained VAE: run stage 1 into {out} first")
     model, rows, held_out = prepare(run, cache_dir)
     model = model.to(device)
-    for stage in stages: _newest(out, stage, getattr(run, stage), _text_digest(model, rows))
+    text = _text_digest(model, rows)
+    for stage in stages: _newest(out, stage, getattr(run, stage), text)
     with whole_file(out / "run.json") as part: part.write_text(json.dumps(asdict(run), indent=2) + "\n")
     if needs_vae: model.vae.load_state_dict(from_pretrained(model_folder).vae.state_dict())
     for stage in sorted(set(stages)):
@@ -422,7 +413,7 @@ def train(
 def _refuse_other_run(run: RunConfig, out: Path) -> None:
     "Raise `ConfigError` where `out` holds the results of a run on other text or of another size."
     path = out / "run.json"
-    if not path.exists() or not any(checkpoints(out, stage) for stage in ("stage1", "stage2")): return
+    if not path.exists() or not ((out / "model").exists() or checkpoints(out, "stage1") or checkpoints(out, "stage2")): return
     then, now = read_json(path), asdict(run)
     changed = [
         f"{k}: {then.get(k)!r} then, {now[k]!r} now"

@@ -314,8 +314,8 @@ def _moving(
     return [
         dict(x=trail[:, 0], y=trail[:, 1]),
         dict(x=flat[step, :, 0].numpy(), y=flat[step, :, 1].numpy(), text=[html.escape(n) for n in _latent_names(path, step)]),
-        dict(x=sure, marker={"color": sure, "colorscale": "Cividis", "cmin": 0, "cmax": 1}),
-        dict(text=[html.escape(name) for name in path.names[step]]),
+        dict(x=sure, y=np.arange(len(sure)), marker={"color": sure, "colorscale": "Cividis", "cmin": 0, "cmax": 1}),
+        dict(x=np.full(len(sure), 1.05), y=np.arange(len(sure)), text=[html.escape(name) for name in path.names[step]]),
     ]
 
 # %% ../nbs/14_viz.ipynb #db2ed632
@@ -347,9 +347,9 @@ def _figure(
     line, dot = {"color": "rgba(0,0,0,0.35)", "width": 1}, {"color": "black", "size": 7, "symbol": "x"}
     figure.add_trace(go.Scatter(mode="lines", name="way so far", line=line, hoverinfo="skip", **trail), 1, 1)
     figure.add_trace(go.Scatter(mode="markers+text", name="this block", marker=dot, textposition="top right", **latents), 1, 1)
-    figure.add_trace(go.Bar(orientation="h", y=list(range(places)), showlegend=False, hovertemplate="%{x:.2f}", name="", **bars), 1, 2)
+    figure.add_trace(go.Bar(orientation="h", showlegend=False, hovertemplate="%{x:.2f}", name="", **bars), 1, 2)
     quiet = {"textposition": "middle right", "showlegend": False, "hoverinfo": "skip"}
-    figure.add_trace(go.Scatter(mode="text", x=[1.05] * places, y=list(range(places)), **quiet, **words), 1, 2)
+    figure.add_trace(go.Scatter(mode="text", **quiet, **words), 1, 2)
     horizontal, vertical = axis_labels(plane)
     figure.update_xaxes(title_text=horizontal, row=1, col=1)
     figure.update_yaxes(title_text=vertical, row=1, col=1)
@@ -477,6 +477,7 @@ def draw(self: Explorer) -> None:
         for trace, new in zip(self.figure.data, cloud): trace.update(new)
         for axis, title, reach in zip((self.figure.layout.xaxis, self.figure.layout.yaxis), axis_labels(plane), (across, up)):
             axis.title.text, axis.range = title, reach
+        self.figure.layout.yaxis2.range = [max(page.tokens.shape[1] for page in self.paths) - 0.5, -0.5]  # the last page may be shorter
     self.controls["note"].value = trust_statement(plane)
     self.show()
 

@@ -26,8 +26,3 @@ CASES = [
 def test_what_cannot_be_is_named(record, name, value):
     with pytest.raises(ConfigError, match=f"^{name} is "):
         record(**{name: value})
-
-
-@pytest.mark.parametrize("record", [VAEConfig, DiTConfig, Stage1Config, Stage2Config, GenerationConfig])
-def test_the_defaults_can_be(record):
-    assert record() == record(**{field.name: getattr(record(), field.name) for field in fields(record)})

@@ -451,6 +451,17 @@ def test_prompt_seed_and_page_change_the_path(explorer: Explorer) -> None:
     assert len(explorer.figure.data) == traces
 
 
+def test_a_longer_page_is_shown_whole() -> None:
+    "A first text of few words does not cut the pages of the next."
+    made = Explorer(MODEL, POINTS.thin(200), replace(LONG, max_new_tokens=4))
+    made.config = LONG
+    made.controls["seed"].value = 3
+    count = made.path.tokens.shape[1]
+    assert count == 16 == len(made.figure.data[-2].x) == len(made.figure.data[-2].y) == len(made.figure.data[-1].y)
+    assert tuple(made.figure.layout.yaxis2.range) == (15.5, -0.5)
+    made.close()
+
+
 def fitted(explorer: Explorer) -> LatentPlane:
     "The plane that an explorer over these points fits."
     return LatentPlane(explorer.points.latents)
