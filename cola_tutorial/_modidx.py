@@ -108,6 +108,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'cola_tutorial.flow.guide': ('flow.html#guide', 'cola_tutorial/flow.py'),
                                     'cola_tutorial.flow.heun_step': ('flow.html#heun_step', 'cola_tutorial/flow.py'),
                                     'cola_tutorial.flow.integrate': ('flow.html#integrate', 'cola_tutorial/flow.py'),
+                                    'cola_tutorial.flow.renewing_step': ('flow.html#renewing_step', 'cola_tutorial/flow.py'),
                                     'cola_tutorial.flow.sample_times': ('flow.html#sample_times', 'cola_tutorial/flow.py'),
                                     'cola_tutorial.flow.time_grid': ('flow.html#time_grid', 'cola_tutorial/flow.py')},
             'cola_tutorial.generation': { 'cola_tutorial.generation.Block': ('generation.html#block', 'cola_tutorial/generation.py'),

@@ -134,6 +134,7 @@ def generate(
     max_new_tokens: int = None,  # Most tokens after the prompt
     steps: int = None,  # Solver steps
     solver: str = None,  # euler or heun
+    renew_below: float = None,  # Steps that land below this flow time draw their noise anew; 0: none
     guidance_scale: float = None,  # 1: none
     temperature: float = None,  # Of the token choice; 0: greedy
     top_k: int = None,  # Keep the k likeliest tokens
@@ -146,7 +147,7 @@ def generate(
         if n < 1: raise ConfigError(f"n is {n}, but must be a whole number >= 1")
         _refuse_empty("prompt 0")
         loaded = from_pretrained(model or shipped_model(), _device(device))
-        given = {"max_new_tokens": max_new_tokens, "steps": steps, "solver": solver, "guidance_scale": guidance_scale}
+        given = {"max_new_tokens": max_new_tokens, "steps": steps, "solver": solver, "renew_below": renew_below, "guidance_scale": guidance_scale}
         given |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         config = replace(loaded.generation, **{name: value for name, value in given.items() if value is not None})
         prompts = [p for p in prompt for _ in range(n)] or n

@@ -267,6 +267,7 @@ class GenerationConfig:
     num_blocks: int | None = None  # blocks to write; None: as many as max_new_tokens needs
     steps: int = 16  # solver steps from noise (t = 1) to meaning (t = 0)
     solver: str = "euler"  # euler (one evaluation a step) or heun (two)
+    renew_below: float = 0.0  # steps that land below this flow time draw their noise anew, which mends mistakes; 0: none (the paper)
     guidance_scale: float = 1.0  # unconditional + scale * (conditional - unconditional)
     temperature: float = 0.0  # of the token choice; 0: greedy
     top_k: int = 0  # keep the k likeliest tokens; 0: all
@@ -279,6 +280,7 @@ class GenerationConfig:
         _require_number(self, "seed", 0, 2**63 - 1)
         if self.num_blocks is not None: _require_whole(self, "num_blocks")
         _require(self.solver in ("euler", "heun"), "solver", self.solver, "euler or heun")
+        _require_number(self, "renew_below", 0.0, 1.0)
         _require_number(self, "guidance_scale", 0.0, 100.0)
         _require_number(self, "temperature", 0.0, 100.0)
         _require_number(self, "top_p", 1e-6, 1.0)

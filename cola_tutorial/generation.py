@@ -181,7 +181,7 @@ def write_blocks(
     config: GenerationConfig,  # steps, solver, guidance, choice of words
     blocks: int,  # blocks to write
     seeds: Sequence[int],  # one for each row
-    noise: Sequence[Tensor] | None = None,  # z_1 of each block, (B, block_size, d); None: drawn from the seeds
+    noise: Sequence[Tensor] | None = None,  # z_1 of each block, (B, block_size, d); None: drawn from the seeds, as renewed noise always is
     trace: bool = False,  # keep what happens inside each block
 ) -> Iterator[Block]:  # one after another, of all rows
     "Write block after block: noise -> latents -> words -> history."
@@ -197,7 +197,8 @@ def write_blocks(
         known, pinned = opening if b == 0 else (z_1, torch.zeros_like(opening[1]))
         grid, tracer = time_grid(config.steps, model.device), _Tracer(model, memory[1]) if trace else None
         velocity = block_velocity(model, memory[0], grid, pinned, config.guidance_scale)
-        z = integrate(velocity, torch.where(pinned[..., None], known, z_1), grid, config.solver, tracer)
+        renewed = lambda z_0, pinned=pinned: torch.where(pinned[..., None], z_0, draw(torch.randn, size, width))
+        z = integrate(velocity, torch.where(pinned[..., None], known, z_1), grid, config.solver, tracer, config.renew_below, renewed)
         _remember(model, z, [size] * rows, memory[0])
         logits = model.vae.decode(z, memory[1])
         memory[1].commit([size] * rows)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cola_tutorial.config import ConfigError
-from cola_tutorial.flow import bridge, euler_step, guide, heun_step, integrate, sample_times, time_grid
+from cola_tutorial.flow import bridge, euler_step, guide, heun_step, integrate, renewing_step, sample_times, time_grid
 
 EXAMPLES = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -48,6 +48,39 @@ def test_heun_asks_at_both_ends_and_euler_at_one():
         asked.clear()
         integrate(velocity, torch.ones(1), time_grid(2), solver)
         assert asked == times
+
+
+def test_a_renewing_step_lands_between_the_clean_end_and_new_noise():
+    z_0, z_1, new = torch.randn(3, 20, generator=torch.Generator().manual_seed(5))
+    t, end = torch.tensor(0.8), torch.tensor(0.3)
+    landed = renewing_step(lambda z, t: z_1 - z_0, 0.2 * z_0 + 0.8 * z_1, t, end, lambda clean: new)
+    torch.testing.assert_close(landed, 0.7 * z_0 + 0.3 * new)
+    still = renewing_step(lambda z, t: torch.zeros_like(z), z_0, t, end, lambda clean: clean)
+    assert torch.equal(still, z_0)
+
+
+@pytest.mark.parametrize("below, renewed", [(0.0, []), (0.25, []), (0.3, [0.25]), (0.6, [0.5, 0.25]), (1.0, [0.75, 0.5, 0.25])])
+def test_noise_is_renewed_below_the_time_and_never_at_the_end(below, renewed):
+    z_1, new = torch.randn(2, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    spread, places = 0.5, []  # Gaussian data, whose clean end is a multiple of z
+
+    def share(t):
+        return (1 - t) * spread**2 / ((1 - t) ** 2 * spread**2 + t**2)
+
+    z, grid = z_1, time_grid(4).double()
+    for t, end in zip(grid.tolist(), grid.tolist()[1:]):
+        clean, old = share(t) * z, (1 - (1 - t) * share(t)) * z / t
+        z = (1 - end) * clean + end * (new if end in renewed else old)
+    found = integrate(
+        lambda z, t: (z - share(t) * z) / t,
+        z_1,
+        grid,
+        visit=lambda step, t, z: places.append(z),
+        renew_below=below,
+        draw=lambda clean: new,
+    )
+    torch.testing.assert_close(found, z)
+    assert len(places) == 5
 
 
 def test_every_time_of_the_grid_is_visited_once_and_the_last_is_the_result():

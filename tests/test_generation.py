@@ -102,7 +102,7 @@ def test_a_prompt_is_history_in_whole_blocks_and_an_opening(length, whole, rest)
     assert (others[:, rest:] - block.latents[:, rest:]).abs().amax(-1).min() > 1e-3
 
 
-def by_hand(model, ids, noise, steps, scale, solver="euler"):
+def by_hand(model, ids, noise, steps, scale, solver="euler", renew_below=0.0, seed=0):
     "One block after the prompt `ids` without a cache: the whole text goes through the prior at every step."
     whole = len(ids) // SIZE * SIZE
     padded = torch.tensor([ids + [0] * (-len(ids) % SIZE)])
@@ -120,10 +120,16 @@ def by_hand(model, ids, noise, steps, scale, solver="euler"):
         v[:, :rest] = 0.0
         return v
 
+    generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
-        v = velocity(z, 1 - step / steps)
+        time, time_next = 1 - step / steps, 1 - (step + 1) / steps
+        v = velocity(z, time)
+        if 0 < time_next < renew_below:
+            fresh = torch.randn(SIZE, 4, generator=generator)
+            z[:, rest:] = ((1 - time_next) * (z - time * v) + time_next * fresh)[:, rest:]
+            continue
         if solver == "heun":
-            v = (v + velocity(z - v / steps, 1 - (step + 1) / steps)) / 2
+            v = (v + velocity(z - v / steps, time_next)) / 2
         z = z - v / steps
     return z, model.vae.decode(torch.cat([latents[:, :whole], z], 1))[0, whole:].argmax(-1).tolist()
 
@@ -142,6 +148,20 @@ def test_a_block_is_the_recipe_without_any_memory(length, scale, solver):
     assert found.tokens == [tokens[length % SIZE :]]
 
 
+@pytest.mark.parametrize("length", [1, 4, 11])
+@pytest.mark.parametrize("below, scale, solver", [(0.5, 1.0, "euler"), (0.5, 1.0, "heun"), (1.0, 1.0, "euler"), (0.7, 3.0, "euler")])
+def test_late_steps_renew_the_noise_of_what_is_not_known(length, below, scale, solver):
+    model, ids = endless(), prompt(length)
+    noise = torch.randn(1, SIZE, 4, generator=torch.Generator().manual_seed(3))
+    z, tokens = by_hand(model, ids, noise, 8, scale, solver, below, seed=8)
+    config = replace(PLAIN, steps=8, guidance_scale=scale, num_blocks=1, solver=solver, renew_below=below)
+    found = generate(model, [ids], config, [8], noise=[noise])
+    torch.testing.assert_close(found.latents, z, atol=1e-4, rtol=1e-4)
+    known = read_prompts(model, [ids]).latents[:, length - length % SIZE : length]
+    assert torch.equal(found.latents[:, : length % SIZE], known)  # not even rounding moves them
+    assert found.tokens == [tokens[length % SIZE :]]
+
+
 def test_guidance_is_felt_only_where_there_is_history():
     model = endless()
 
@@ -153,11 +173,12 @@ def test_guidance_is_felt_only_where_there_is_history():
     assert (write([prompt(4)], 5.0) - write([prompt(4)], 1.0)).abs().max() > 1e-2
 
 
-def test_seeds_decide_everything():
-    model = endless()
+@pytest.mark.parametrize("renew_below", [0.0, 0.6])
+def test_seeds_decide_everything(renew_below):
+    model, plain = endless(), replace(PLAIN, renew_below=renew_below)
 
     def write(**options):
-        return generate(model, [prompt(3)] * 2, PLAIN, **options)
+        return generate(model, [prompt(3)] * 2, plain, **options)
 
     one = write(seeds=[5, 6])
     assert torch.equal(one.latents, write(seeds=[5, 6]).latents) and one.tokens == write(seeds=[5, 6]).tokens
@@ -165,7 +186,7 @@ def test_seeds_decide_everything():
     twins = write(seeds=[5, 5])
     torch.testing.assert_close(twins.latents[0], twins.latents[1])
     assert (one.latents[0] - one.latents[1]).abs().max() > 1e-2
-    counted_on = generate(model, [prompt(3)] * 2, replace(PLAIN, seed=5))
+    counted_on = generate(model, [prompt(3)] * 2, replace(plain, seed=5))
     assert torch.equal(counted_on.latents, one.latents)
     torch.manual_seed(999)
     assert torch.equal(write(seeds=[5, 6]).latents, one.latents)  # no global randomness
@@ -301,7 +322,7 @@ def test_the_longest_prompt_leaves_room_for_one_token():
 
 
 WHOLE = {"max_length": 1, "max_new_tokens": 1, "num_blocks": 1, "steps": 1, "top_k": 0, "seed": 0}
-RANGES = {"guidance_scale": (0, 100), "temperature": (0, 100), "top_p": (1e-6, 1)}
+RANGES = {"guidance_scale": (0, 100), "temperature": (0, 100), "top_p": (1e-6, 1), "renew_below": (0, 1)}
 
 
 @EXAMPLES
