@@ -315,7 +315,7 @@ class RunConfig:
     stories: int = 100_000  # stories in the training corpus
     stage1: Stage1Config = Stage1Config()  # training of the VAE
     stage2: Stage2Config = Stage2Config()  # training of the prior
-    generation: GenerationConfig = GenerationConfig()  # settings stored with the model
+    generation: GenerationConfig = GenerationConfig(steps=32, renew_below=0.5)  # settings stored with the model
 
     def __post_init__(self):
         for name in ("stories", "length", "vocab_size"):

@@ -1,6 +1,7 @@
 """The story scores: intervals, the chi-square test and the judge, each against something independent."""
 
 import json
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -85,6 +86,10 @@ def test_the_shipped_evaluation_can_be_repeated_in_part():
     shipped = json.loads((data_dir() / "pretrained" / "evaluation.json").read_text())
     assert {"value", "low", "high", "n"} <= set(shipped["reconstruction"])
     assert shipped["parses"]["n"] == shipped["consistent"]["n"] == shipped["reconstruction"]["n"] == 500
+    assert shipped["reconstruction"]["value"] >= 0.99 and shipped["parses"]["value"] >= 0.95 and shipped["consistent"]["value"] >= 0.9
+    assert shipped["rejected"] == []
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert f"{shipped['parses']['value']:.1%} of its continuations are stories" in readme
     few = evaluate_stories(from_pretrained(data_dir() / "pretrained"), n=40)
     for name in ("reconstruction", "parses", "consistent"):
         assert few[name]["high"] >= shipped[name]["low"] and few[name]["low"] <= shipped[name]["high"], name
