@@ -464,6 +464,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'cola_tutorial.viz._groups': ('viz.html#_groups', 'cola_tutorial/viz.py'),
                                    'cola_tutorial.viz._latent_names': ('viz.html#_latent_names', 'cola_tutorial/viz.py'),
                                    'cola_tutorial.viz._moving': ('viz.html#_moving', 'cola_tutorial/viz.py'),
+                                   'cola_tutorial.viz._own_threads': ('viz.html#_own_threads', 'cola_tutorial/viz.py'),
                                    'cola_tutorial.viz._reach': ('viz.html#_reach', 'cola_tutorial/viz.py'),
                                    'cola_tutorial.viz._said': ('viz.html#_said', 'cola_tutorial/viz.py'),
                                    'cola_tutorial.viz._slots': ('viz.html#_slots', 'cola_tutorial/viz.py'),

@@ -10,7 +10,8 @@ __all__ = ['OKABE_ITO', 'ViewError', 'TokenPoints', 'token_name', 'story_points'
 # %% ../nbs/14_viz.ipynb #3f93c01e
 import html
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import ipywidgets as widgets
@@ -95,6 +96,15 @@ def story_points(
     return TokenPoints(torch.cat(latents), [token_name(model.tokenizer, i) for row in ids for i in row], said)
 
 # %% ../nbs/14_viz.ipynb #8600bda3
+@contextmanager
+def _own_threads() -> Iterator[None]:
+    "Give torch back its number of threads: the first parallel loop of UMAP's compiler sets OpenMP's to the number of cores, for the whole process."
+    threads = torch.get_num_threads()
+    try: yield
+    finally: torch.set_num_threads(threads)
+
+
+@_own_threads()
 def _fit(rows: np.ndarray, method: str, seed: int) -> object:
     "A fitted projection of rows (M, d) with `transform`."
     if method == "pca": return PCA(2, svd_solver="full").fit(rows)
