@@ -6,6 +6,8 @@
 __all__ = ['time_waves', 'TimeEmbedding', 'RotarySpeeds', 'SelfAttention', 'FeedForward', 'DiTBlock', 'DiT']
 
 # %% ../nbs/07_dit.ipynb #d1422784
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -13,7 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .config import ConfigError, DiTConfig
-from .nn.attention import KVCache, attend, attention_mask, rotary_angles, rotate_pairs, two_copy_mask
+from .nn.attention import KVCache, Sight, attention_mask, rotary_angles, rotary_turns, rotate_pairs, two_copy_mask
 
 # %% ../nbs/07_dit.ipynb #948e58bd
 def time_waves(
@@ -68,13 +70,11 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = (nn.LayerNorm(c.head_dim, c.norm_eps) for _ in range(2))
         self.rope = nn.ModuleDict({"rope": RotarySpeeds(c.rope_dim)})
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:  # (B, N, dim)
-        "Attention of `x` (B, N, dim) at `positions` (N,) or (B, N), over the cache's history too if there is one."
+    def forward(self, x: Tensor, sight: Sight, layer: int) -> Tensor:  # (B, N, dim)
+        "Attention of `x` (B, N, dim)."
         q, k, v = rearrange(self.proj_qkv(x), "b n (three h e) -> three b h n e", three=3, h=self.num_heads)
-        angles = rotary_angles(positions, self.rope_dim)  # (N, R/2) or (B, N, R/2)
-        q, k = rotate_pairs(self.norm_q(q), angles), rotate_pairs(self.norm_k(k), angles)
-        if cache is not None: k, v = cache.write(layer, k, v)
-        return self.proj_out(rearrange(attend(q, k, v, mask), "b h n e -> b n (h e)"))
+        q, k = rotate_pairs(self.norm_q(q), sight.turns), rotate_pairs(self.norm_k(k), sight.turns)
+        return self.proj_out(rearrange(sight.attend(layer, q, k, v), "b h n e -> b n (h e)"))
 
 # %% ../nbs/07_dit.ipynb #1066b2d7
 class FeedForward(nn.Module):
@@ -107,15 +107,16 @@ class DiTBlock(nn.Module):
         self.ada = nn.ModuleDict({name: nn.Sequential(nn.SiLU(), nn.Linear(c.emb_dim, width)) for name, width in out.items()})
 
     def modulation(self, embedding: Tensor) -> Tensor:  # (K, 6 dim)
-        "shift, scale, gate of attention, then of the feed-forward, for `embedding` (K, emb_dim)."
-        return torch.cat([layer(embedding) for layer in self.ada.values()], dim=-1)
+        "shift, 1 + scale, gate of attention, then of the feed-forward, for `embedding` (K, emb_dim)."
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = torch.cat([layer(embedding) for layer in self.ada.values()], dim=-1).chunk(6, dim=-1)
+        return torch.cat([shift_a, 1 + scale_a, gate_a, shift_f, 1 + scale_f, gate_f], dim=-1)
 
-    def forward(self, x: Tensor, modulation: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:  # (B, N, dim)
-        "The block's output for `x` (B, N, dim); `modulation` (B, N or 1, 6 dim)."
+    def forward(self, x: Tensor, modulation: Tensor, sight: Sight, layer: int) -> Tensor:  # (B, N, dim)
+        "The block's output for `x` (B, N, dim); `modulation` (B or 1, N or 1, 6 dim)."
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.chunk(6, dim=-1)
         norm = lambda x: F.layer_norm(x, x.shape[-1:], eps=self.norm_eps)
-        x = x + gate_a * self.msa(norm(x) * (1 + scale_a) + shift_a, positions, mask, cache, layer)
-        return x + gate_f * self.mlp(norm(x) * (1 + scale_f) + shift_f)
+        x = torch.addcmul(x, gate_a, self.msa(torch.addcmul(shift_a, norm(x), scale_a), sight, layer))
+        return torch.addcmul(x, gate_f, self.mlp(torch.addcmul(shift_f, norm(x), scale_f)))
 
 # %% ../nbs/07_dit.ipynb #2c4712c9
 class DiT(nn.Module):
@@ -147,12 +148,17 @@ class DiT(nn.Module):
     def modulations(self, t: Tensor) -> tuple[Tensor, ...]:  # num_layers x (K, 6 dim), then (K, 2 dim)
         "Modulation tables for K distinct flow times `t` (K,)."
         embedding = self.emb_in(t)
-        return *(block.modulation(embedding) for block in self.blocks), self.txt_out_ada["out_in"](embedding)
+        shift, scale = self.txt_out_ada["out_in"](embedding).chunk(2, dim=-1)
+        return *(block.modulation(embedding) for block in self.blocks), torch.cat([shift, 1 + scale], dim=-1)
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:  # empty
-        "A cache for `batch` rows of at most `capacity` latents."
+    def turns(self, positions: Tensor) -> Tensor:  # (..., head_dim / 2) complex
+        "Rotary turns of latents at `positions` (N,) or (B, N)."
+        return rotary_turns(positions, self.config.rope_dim, width=self.config.head_dim)
+
+    def new_cache(self, batch: int, capacity: int, starts: Sequence[int] | None = None) -> KVCache:  # empty
+        "A cache for `batch` rows in at most `capacity` slots; row r leaves the first `starts[r]` empty."
         c, weight = self.config, self.txt_in["proj"].weight
-        return KVCache(c.num_layers, batch, c.num_heads, c.head_dim, capacity, weight.device, weight.dtype)
+        return KVCache(c.num_layers, batch, c.num_heads, c.head_dim, capacity, weight.device, weight.dtype, starts)
 
 # %% ../nbs/07_dit.ipynb #e93177e5
 @patch
@@ -160,21 +166,15 @@ def denoise(
     self: DiT,
     z: Tensor,  # latents, (B, N, d)
     tables: tuple[Tensor, ...],  # modulation tables for K times, from `modulations`
-    row: Tensor,  # table row of every position, (B, N) int64, or (B, 1) where a whole sequence shares one
-    positions: Tensor | None = None,  # (N,) or (B, N); None: behind the cache's history, or 0..N-1
-    mask: Tensor | None = None,  # bool, broadcastable to (B, 1, N, M); None: block-causal
-    cache: KVCache | None = None,  # history to attend to; commit it to make `z` part of it
+    row: Tensor,  # table row of every position, (B or 1, N) int64, or (B, 1) where a whole sequence shares one
+    sight: Sight,  # where the positions stand and whom they see
 ) -> Tensor:  # velocity, (B, N, d), fp32
     "Velocity of `z`, with modulations looked up instead of computed."
-    n, size = z.shape[1], self.config.block_size
-    if positions is None: positions = torch.arange(n, device=z.device) if cache is None else cache.positions(n)
-    if mask is None: mask = attention_mask("block_causal", n, size, z.device) if cache is None else cache.mask(n, "block_causal", size)
     *tables, last = tables
     x = self.txt_in["proj"](z.to(self.txt_in["proj"].weight.dtype))  # (B, N, dim)
-    for layer, (block, table) in enumerate(zip(self.blocks, tables)):
-        x = block(x, F.embedding(row, table), positions, mask, cache, layer)
+    for layer, (block, table) in enumerate(zip(self.blocks, tables)): x = block(x, F.embedding(row, table), sight, layer)
     shift, scale = F.embedding(row, last).chunk(2, dim=-1)
-    return self.txt_out["proj"](self.txt_out_norm(x) * (1 + scale) + shift).float()
+    return self.txt_out["proj"](torch.addcmul(shift, self.txt_out_norm(x), scale)).float()
 
 # %% ../nbs/07_dit.ipynb #97197e23
 @patch
@@ -183,12 +183,15 @@ def forward(
     z: Tensor,  # latents, (B, N, d)
     t: Tensor,  # flow times in [0, 1], (B,) or (B, N)
     mask: Tensor | None = None,  # bool, broadcastable to (B, 1, N, M); None: block-causal
-    cache: KVCache | None = None,  # history to attend to
+    cache: KVCache | None = None,  # history to attend to; commit it to make `z` part of it
 ) -> Tensor:  # velocity, (B, N, d), fp32
     "Velocity of `z` at flow time `t`, every position with a time of its own if need be."
     if t.shape not in (z.shape[:1], z.shape[:2]): raise ConfigError(f"t has shape {tuple(t.shape)}, but must be (B,) or (B, N) for z {tuple(z.shape)}")
+    n, size = z.shape[1], self.config.block_size
+    positions = torch.arange(n, device=z.device) if cache is None else cache.positions(n)
+    if mask is None: mask = attention_mask("block_causal", n, size, z.device) if cache is None else cache.mask(n, "block_causal", size)
     row = torch.arange(t.numel(), device=z.device).view(z.shape[0], -1)  # (B, 1) or (B, N)
-    return self.denoise(z, self.modulations(t.flatten()), row, mask=mask, cache=cache)
+    return self.denoise(z, self.modulations(t.flatten()), row, Sight(self.turns(positions), mask, cache))
 
 # %% ../nbs/07_dit.ipynb #9341f4eb
 @patch
@@ -206,5 +209,5 @@ def two_copy_velocity(
     if pinned is not None: noisy = noisy.masked_fill(pinned, 0)
     row = torch.cat([torch.zeros_like(noisy), noisy], dim=1)  # (B, 2N)
     positions = torch.arange(n, device=z_0.device).repeat(2)  # (2N,)
-    mask = two_copy_mask(n, self.config.block_size, z_0.device)
-    return self.denoise(torch.cat([z_0.detach(), z_t], dim=1), tables, row, positions, mask)[:, n:]
+    sight = Sight(self.turns(positions), two_copy_mask(n, self.config.block_size, z_0.device))
+    return self.denoise(torch.cat([z_0.detach(), z_t], dim=1), tables, row, sight)[:, n:]

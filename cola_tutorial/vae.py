@@ -7,6 +7,7 @@ __all__ = ['Posterior', 'TextBlock', 'TextEncoder', 'TextDecoder', 'TextVAE']
 
 # %% ../nbs/05_vae.ipynb #0a169857
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .config import ConfigError, VAEConfig
-from .nn.attention import KVCache, attend, attention_mask, rotary_angles, rotate_halves
+from .nn.attention import KVCache, Sight, attention_mask, rotary_turns, rotate_halves
 
 # %% ../nbs/05_vae.ipynb #1d32f491
 @dataclass
@@ -67,15 +68,14 @@ class TextBlock(nn.Module):
         norms = (nn.LayerNorm(c.dim, c.layer_norm_eps, c.qk_norm_affine) if c.qk_norm else nn.Identity() for _ in range(2))
         self.q_norm, self.k_norm = norms
 
-    def attention(self, x: Tensor, angles: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:  # (B, N, dim)
-        "Self-attention of `x` (B, N, dim), over the cache's history too if there is one."
+    def attention(self, x: Tensor, sight: Sight, layer: int) -> Tensor:  # (B, N, dim)
+        "Self-attention of `x` (B, N, dim)."
         c = self.config
         q, k, v = self.qkv_proj(x).chunk(3, dim=-1)  # (B, N, dim) each
         if c.clip_qkv is not None: q, k, v = (part.clamp(-c.clip_qkv, c.clip_qkv) for part in (q, k, v))
         q, k, v = (rearrange(part, "b n (h e) -> b h n e", h=c.num_heads) for part in (self.q_norm(q), self.k_norm(k), v))
-        q, k = rotate_halves(q, angles), rotate_halves(k, angles)
-        if cache is not None: k, v = cache.write(layer, k, v)
-        out = attend(q, k, v, mask, c.attn_dropout if self.training else 0.0)  # (B, H, N, E)
+        q, k = rotate_halves(q, sight.turns), rotate_halves(k, sight.turns)
+        out = sight.attend(layer, q, k, v, c.attn_dropout if self.training else 0.0)  # (B, H, N, E)
         return F.dropout(self.attn_out_proj(rearrange(out, "b h n e -> b n (h e)")), c.dropout, self.training)
 
     def feed_forward(self, x: Tensor) -> Tensor:  # (B, N, dim)
@@ -89,12 +89,12 @@ class TextBlock(nn.Module):
 
 # %% ../nbs/05_vae.ipynb #d47d737f
 @patch
-def forward(self: TextBlock, x: Tensor, angles: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, layer: int = 0) -> Tensor:  # (B, N, dim)
+def forward(self: TextBlock, x: Tensor, sight: Sight, layer: int = 0) -> Tensor:  # (B, N, dim)
     "The block's output for the stream `x` (B, N, dim)."
     if not self.config.post_norm:
-        x = x + self.attention(self.norm_attn(x), angles, mask, cache, layer)
+        x = x + self.attention(self.norm_attn(x), sight, layer)
         return x + self.feed_forward(self.norm_ffn(x))
-    h = self.attention(x, angles, mask, cache, layer)
+    h = self.attention(x, sight, layer)
     x = self.norm_attn(x) + h
     return x + self.norm_ffn(self.feed_forward(x))
 
@@ -121,10 +121,10 @@ class TextEncoder(nn.Module):
         weight = rearrange(self.patch_embedder.weight, "o e p -> o (e p)")
         x = F.linear(x, weight, self.patch_embedder.bias)  # (B, N, dim): the convolution, as a product
         n = x.shape[1]
-        angles = rotary_angles(torch.arange(n, device=x.device), c.dim // c.num_heads, c.rope_theta)
         mask = attention_mask(c.attention, n, c.block_size, x.device)  # (N, N)
         if lengths is not None: mask = mask & (torch.arange(n, device=x.device) < lengths[:, None, None, None])
-        for block in self.blocks: x = block(x, angles, mask)
+        sight = Sight(rotary_turns(torch.arange(n, device=x.device), c.dim // c.num_heads, c.rope_theta), mask)
+        for block in self.blocks: x = block(x, sight)
         mean, logvar = self.final_layer(x).float().chunk(2, dim=-1)  # (B, N, d) each
         if c.encoder_last_ln: mean = F.layer_norm(mean, (c.latent_dim,), eps=c.layer_norm_eps)
         if c.log_snr is not None:  # sigma^2 tied to the row's mean square of mu
@@ -149,16 +149,19 @@ class TextDecoder(nn.Module):
         self.final_norm = nn.LayerNorm(c.dim, c.layer_norm_eps, c.layer_norm_affine)
         self.final_layer = nn.Linear(c.dim, c.vocab_size, bias=c.bias)
 
-    def forward(self, z: Tensor, cache: KVCache | None = None) -> Tensor:  # logits, (B, N * patch_size, V)
-        "Logits for latents `z` (B, N, d), which follow the cache's history if there is one."
+    def hidden(self, z: Tensor, cache: KVCache | None = None) -> Tensor:  # (B, N, dim)
+        "The stream after the last block, for latents `z` (B, N, d) that follow the cache's history if there is one."
         c, n = self.config, z.shape[1]
         positions = torch.arange(n, device=z.device) if cache is None else cache.positions(n)
-        angles = rotary_angles(positions, c.dim // c.num_heads, c.rope_theta)
-        if cache is None: mask = attention_mask(c.attention, n, c.block_size, z.device)
-        else: mask = cache.mask(n, c.attention, c.block_size)
+        mask = attention_mask(c.attention, n, c.block_size, z.device) if cache is None else cache.mask(n, c.attention, c.block_size)
+        sight = Sight(rotary_turns(positions, c.dim // c.num_heads, c.rope_theta), mask, cache)
         x = self.in_layer(z.to(self.in_layer.weight.dtype))  # (B, N, dim)
-        for layer, block in enumerate(self.blocks): x = block(x, angles, mask, cache, layer)
-        x = rearrange(self.unpatch_layer(x), "b n (e p) -> b (n p) e", p=c.patch_size)
+        for layer, block in enumerate(self.blocks): x = block(x, sight, layer)
+        return x
+
+    def forward(self, z: Tensor, cache: KVCache | None = None) -> Tensor:  # logits, (B, N * patch_size, V)
+        "Logits for latents `z` (B, N, d), which follow the cache's history if there is one."
+        x = rearrange(self.unpatch_layer(self.hidden(z, cache)), "b n (e p) -> b (n p) e", p=self.config.patch_size)
         return self.final_layer(self.final_norm(x))
 
 # %% ../nbs/05_vae.ipynb #6e28e5ab
@@ -192,9 +195,9 @@ class TextVAE(nn.Module):
         "Token logits of scaled latents `z` (B, N, d)."
         return self.decoder(z, cache)
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:  # empty
-        "A cache for decoding `batch` rows of at most `capacity` latents block by block."
+    def new_cache(self, batch: int, capacity: int, starts: Sequence[int] | None = None) -> KVCache:  # empty
+        "A cache for decoding `batch` rows block by block in at most `capacity` slots; row r leaves the first `starts[r]` empty."
         c, weight = self.config, self.decoder.in_layer.weight
         if c.attention == "bidirectional":
             raise ConfigError("a bidirectional decoder sees the future and cannot decode block by block: train with attention='block_causal' or 'causal'")
-        return KVCache(c.decoder_num_blocks, batch, c.num_heads, c.dim // c.num_heads, capacity, weight.device, weight.dtype)
+        return KVCache(c.decoder_num_blocks, batch, c.num_heads, c.dim // c.num_heads, capacity, weight.device, weight.dtype, starts)

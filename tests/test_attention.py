@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from cola_tutorial.config import ATTENTION_KINDS, ConfigError
 from cola_tutorial.nn.attention import (
     KVCache,
+    Sight,
     attend,
     attention_mask,
-    rotary_angles,
+    rotary_turns,
     rotate_halves,
     rotate_pairs,
     two_copy_mask,
@@ -61,8 +62,8 @@ def test_unknown_kind_is_named():
 @given(st.sampled_from([2, 4, 8]), st.integers(0, 5000), st.sampled_from([100.0, 500_000.0]), st.booleans())
 def test_rotation_is_multiplication_by_a_complex_number(dim, position, base, halves):
     x = torch.randn(1, 1, 1, dim, generator=torch.Generator().manual_seed(position))
-    angles = rotary_angles(torch.tensor([position]), dim, base)
-    turned = (rotate_halves if halves else rotate_pairs)(x, angles)[0, 0, 0]
+    turns = rotary_turns(torch.tensor([position]), dim, base)
+    turned = (rotate_halves if halves else rotate_pairs)(x, turns)[0, 0, 0]
     for j in range(dim // 2):
         real, imaginary = (j, j + dim // 2) if halves else (2 * j, 2 * j + 1)
         number = complex(x[..., real].item(), x[..., imaginary].item()) * cmath.exp(
@@ -76,7 +77,7 @@ def test_rotated_products_depend_on_distance_only_and_the_rest_passes():
     q, k = torch.randn(2, 1, 1, 1, 10, generator=torch.Generator().manual_seed(0))
 
     def turn(x, position):
-        return rotate_pairs(x, rotary_angles(torch.tensor([position]), 6))
+        return rotate_pairs(x, rotary_turns(torch.tensor([position]), 6, width=10))
 
     products = [(turn(q, m) * turn(k, m - 3)).sum().item() for m in (3, 10, 57)]
     assert products == pytest.approx([products[0]] * 3, abs=1e-4)
@@ -87,10 +88,10 @@ def test_rotated_products_depend_on_distance_only_and_the_rest_passes():
 def test_rows_with_positions_of_their_own_turn_alone():
     x, positions = torch.randn(2, 3, 4, 6), torch.tensor([[0, 1, 2, 3], [7, 8, 9, 10]])
     for rotate in (rotate_halves, rotate_pairs):
-        together = rotate(x, rotary_angles(positions, 6))
-        alone = [rotate(x[r : r + 1], rotary_angles(positions[r], 6)) for r in range(2)]
+        together = rotate(x, rotary_turns(positions, 6))
+        alone = [rotate(x[r : r + 1], rotary_turns(positions[r], 6)) for r in range(2)]
         assert torch.equal(together, torch.cat(alone))
-        assert rotate(x.bfloat16(), rotary_angles(positions, 6)).dtype == torch.bfloat16
+        assert rotate(x.bfloat16(), rotary_turns(positions, 6)).dtype == torch.bfloat16
 
 
 def test_attend_is_softmax_over_what_is_seen():
@@ -108,25 +109,30 @@ def test_attend_is_softmax_over_what_is_seen():
     st.lists(st.integers(0, 3), min_size=1, max_size=4),
     st.integers(1, 3),
     st.integers(1, 3),
+    st.booleans(),
+    st.randoms(use_true_random=False),
 )
-def test_cache_with_histories_of_any_lengths_is_attention_over_each_rows_own_past(kind, blocks, size, rounds):
+def test_cache_with_histories_of_any_lengths_is_attention_over_each_rows_own_past(kind, blocks, size, rounds, everywhere, random):
     generator = torch.Generator().manual_seed(sum(blocks) + 10 * size)
-    histories = [count * size for count in blocks]
-    rows, heads, dim, most = len(blocks), 2, 4, max(histories)
+    most, rows, heads, dim = max(blocks) * size, len(blocks), 2, 4
+    starts = [most - count * size for count in blocks]
 
     def draw(n):
         return torch.randn(3, rows, heads, n, dim, generator=generator)
 
-    cache = KVCache(1, rows, heads, dim, most + rounds * size)
-    past = draw(most)  # beyond a row's own history this is rubbish that nobody may see
+    cache = KVCache(1, rows, heads, dim, most + (rounds + 1) * size, starts=starts)
+    past = draw(most)  # before a row's own history this is rubbish that nobody may see
     if most:
-        cache.write(0, *past[1:])
-        cache.commit(histories)
-    keys, values = ([past[i, r, :, : histories[r]] for r in range(rows)] for i in (1, 2))
+        first = attend(past[0], *cache.write(0, *past[1:]), cache.mask(most, kind, size))
+        assert first.isfinite().all()  # nobody is left without anything to see
+        cache.commit(most)
+    keys, values = ([past[i, r, :, starts[r] :] for r in range(rows)] for i in (1, 2))
     for _ in range(rounds):
         cache.write(0, *draw(size)[1:])  # a trial that is not committed must leave no trace
         q, k, v = draw(size)
-        out = attend(q, *cache.write(0, k, v), cache.mask(size, kind, size))
+        slots = torch.arange(cache.length, cache.length + size) if everywhere else None
+        out = attend(q, *cache.write(0, k, v, slots), cache.mask(size, kind, size, capacity=everywhere))
+        positions = cache.positions(size).expand(rows, size)
         for r in range(rows):
             old = keys[r].shape[1]
             keys[r], values[r] = torch.cat([keys[r], k[r]], 1), torch.cat([values[r], v[r]], 1)
@@ -134,25 +140,46 @@ def test_cache_with_histories_of_any_lengths_is_attention_over_each_rows_own_pas
                 [column < old or sees(kind, row, column - old, size) for column in range(old + size)]
                 for row in range(size)
             ]
-            assert cache.positions(size)[r].tolist() == list(range(old, old + size))
+            assert positions[r].tolist() == list(range(old, old + size))
             for h in range(heads):
                 expected = plain_attention(q[r, h], keys[r][h], values[r][h], mask)
                 torch.testing.assert_close(out[r, h], expected, atol=1e-5, rtol=1e-5)
-        cache.commit([size] * rows)
+        cache.commit(size)
+        if random.random() < 0.5 and rows > 1:  # some rows are done
+            left = random.sample(range(rows), rows - 1)
+            cache.keep(left)
+            keys, values, rows = [keys[r] for r in left], [values[r] for r in left], rows - 1
+
+
+@EXAMPLES
+@given(st.integers(0, 2), st.integers(1, 3), st.booleans())
+def test_the_last_positions_may_stand_alone(blocks, size, remembers):
+    generator = torch.Generator().manual_seed(blocks + 10 * size)
+    q, k, v = torch.randn(3, 2, 1, 2 * size, 4, generator=generator)
+    cache = KVCache(1, 2, 1, 4, (blocks + 1) * size) if remembers else None
+    old_k, old_v = torch.randn(2, 2, 1, blocks * size, 4, generator=generator)
+    if cache:
+        cache.write(0, old_k, old_v)
+        cache.commit(blocks * size)
+    else:
+        old_k, old_v = old_k[:, :, :0], old_v[:, :, :0]
+    out = Sight(rotary_turns(torch.arange(2 * size), 4), cache=cache, alone=size).attend(0, q, k, v)
+    first = attend(q[:, :, :size], torch.cat([old_k, k[:, :, :size]], 2), torch.cat([old_v, v[:, :, :size]], 2))
+    torch.testing.assert_close(out[:, :, :size], first)
+    torch.testing.assert_close(out[:, :, size:], attend(q[:, :, size:], k[:, :, size:], v[:, :, size:]))
 
 
 def test_full_cache_says_how_much_is_needed():
     cache = KVCache(1, 2, 1, 2, 5)
     part = torch.zeros(2, 1, 3, 2)
     cache.write(0, part, part)
-    cache.commit([3, 0])
+    cache.commit(3)
     with pytest.raises(ConfigError, match="holds 5 positions, but 6 are needed"):
         cache.write(0, part, part)
 
 
-def test_commit_wants_a_count_for_every_row():
-    cache = KVCache(1, 2, 1, 2, 5)
-    with pytest.raises(ValueError):
-        cache.commit([3])
-    with pytest.raises(ValueError):
-        cache.commit([3, 3, 3])
+def test_no_mask_is_made_where_nothing_is_hidden():
+    cache = KVCache(1, 2, 1, 2, 12)
+    assert cache.mask(4, "block_causal", 4) is None and cache.mask(8, "block_causal", 4) is not None
+    assert cache.mask(4, "causal", 4) is not None and cache.mask(9, "bidirectional", 4) is None
+    assert KVCache(1, 2, 1, 2, 12, starts=[0, 4]).mask(4, "block_causal", 4) is not None

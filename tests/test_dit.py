@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from cola_tutorial.config import ConfigError, DiTConfig
 from cola_tutorial.dit import DiT, time_waves
+from cola_tutorial.nn.attention import Sight, attention_mask
 
 SIZE, WIDTH = 3, 4
 
@@ -54,7 +55,7 @@ def block_by_block(dit, z_0, z_t, t, pinned=None):
             times = torch.where(pinned[:, here], 0.0, times)
         parts.append(dit(z_t[:, here], times, cache=cache))
         dit(z_0[:, here], torch.zeros(rows), cache=cache)
-        cache.commit([SIZE] * rows)
+        cache.commit(SIZE)
     return torch.cat(parts, 1)
 
 
@@ -85,9 +86,9 @@ def test_a_pinned_latent_carries_time_zero(dit):
 @torch.no_grad()
 def test_memory_with_rows_of_different_histories(dit):
     z, _ = latents(2, 3 * SIZE)
-    cache = dit.new_cache(2, 3 * SIZE)
-    dit(z[:, : 2 * SIZE], torch.zeros(2), cache=cache)
-    cache.commit([2 * SIZE, SIZE])
+    cache = dit.new_cache(2, 3 * SIZE, starts=[0, SIZE])
+    dit(torch.stack([z[0, : 2 * SIZE], torch.roll(z[1, : 2 * SIZE], SIZE, 0)]), torch.zeros(2), cache=cache)
+    cache.commit(2 * SIZE)
     noisy, t = torch.randn(2, SIZE, WIDTH), torch.tensor([0.4, 0.9])
     together = dit(noisy, t, cache=cache)
     for row, history in enumerate((2 * SIZE, SIZE)):
@@ -124,9 +125,10 @@ def test_modulations_looked_up_are_modulations_computed(dit):
     z, _ = latents(2, 2 * SIZE)
     times = torch.tensor([0.0, 0.25, 1.0])
     row = torch.randint(0, 3, (2, 2 * SIZE), generator=torch.Generator().manual_seed(0))
-    looked_up = dit.denoise(z, dit.modulations(times), row)
+    sight = Sight(dit.turns(torch.arange(2 * SIZE)), attention_mask("block_causal", 2 * SIZE, SIZE))
+    looked_up = dit.denoise(z, dit.modulations(times), row, sight)
     torch.testing.assert_close(looked_up, dit(z, times[row]), atol=1e-5, rtol=1e-5)
-    shared = dit.denoise(z, dit.modulations(times), torch.tensor([[2], [1]]))
+    shared = dit.denoise(z, dit.modulations(times), torch.tensor([[2], [1]]), sight)
     torch.testing.assert_close(shared, dit(z, times[[2, 1]][:, None].expand(2, 2 * SIZE)), atol=1e-5, rtol=1e-5)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
 from cola_tutorial.config import ATTENTION_KINDS, ConfigError, VAEConfig
-from cola_tutorial.nn.attention import rotary_angles
+from cola_tutorial.nn.attention import Sight, rotary_turns
 from cola_tutorial.vae import Posterior, TextBlock, TextVAE
 
 EXAMPLES = settings(max_examples=25, deadline=None, derandomize=True)
@@ -112,7 +112,7 @@ def test_block_is_the_formula(changes):
     block = scatter(TextBlock(config)).eval()
     x = torch.randn(2, 7, 16)
     mask = torch.arange(7)[:, None] // 3 >= torch.arange(7)[None, :] // 3
-    out = block(x, rotary_angles(torch.arange(7), 8, config.rope_theta), mask)
+    out = block(x, Sight(rotary_turns(torch.arange(7), 8, config.rope_theta), mask))
     for row in range(2):
         torch.testing.assert_close(out[row], plain_block(block, x[row].double(), mask).float(), atol=2e-5, rtol=2e-5)
 
@@ -176,7 +176,7 @@ def test_decoding_with_a_memory_is_decoding_at_once(changes):
     at_once, cache, parts = vae.decode(z), vae.new_cache(2, 9), []
     for start, stop in ((0, 3), (3, 9)) if vae.config.attention == "block_causal" else ((0, 1), (1, 5), (5, 9)):
         parts.append(vae.decode(z[:, start:stop], cache))
-        cache.commit([stop - start] * 2)
+        cache.commit(stop - start)
     torch.testing.assert_close(torch.cat(parts, 1), at_once, atol=2e-5, rtol=2e-5)
 
 
