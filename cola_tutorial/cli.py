@@ -20,9 +20,10 @@ import torch
 from fastcore.script import call_parse
 
 from .config import ColaConfig, ConfigError, data_dir, preset
-from .evaluation import evaluate_stories
+from .evaluation import evaluate_stories, run_study
 from .generation import generate as write_texts
-from .model import ColaDLM, from_pretrained
+from .generation import stream as write_pieces
+from .model import ColaDLM, from_pretrained, whole_file
 from .training import NonFiniteError, RunConfig, read_run
 from .training import train as train_run
 
@@ -133,12 +134,17 @@ def generate(
     n: int = 1,  # Texts for each prompt, each from another seed
     max_new_tokens: int = None,  # Most tokens after the prompt
     steps: int = None,  # Solver steps
-    solver: str = None,  # euler or heun
+    solver: str = None,  # euler, heun, midpoint or rk4
     renew_below: float = None,  # Steps that land below this flow time draw their noise anew; 0: none
     guidance_scale: float = None,  # 1: none
     temperature: float = None,  # Of the token choice; 0: greedy
     top_k: int = None,  # Keep the k likeliest tokens
     top_p: float = None,  # Keep the likeliest tokens that hold this probability
+    min_p: float = None,  # Keep tokens at least this share as likely as the likeliest
+    repetition_penalty: float = None,  # Divides positive, multiplies negative logits of tokens written before; 1: none
+    stop: Annotated[str, {"action": "append"}] = None,  # A text ends before this string; may be given more than once
+    set: Annotated[str, {"action": "append"}] = None,  # Change any other setting, e.g. --set first_block=repaint --set 'guidance_schedule=[[1,3],[0,1]]'
+    stream: bool = False,  # Print the one text block by block, as it is written
     seed: int = None,  # Of the first text
     device: str = "cpu",  # Where to run, e.g. cuda
 ):
@@ -148,9 +154,21 @@ def generate(
         _refuse_empty("prompt 0")
         loaded = from_pretrained(model or shipped_model(), _device(device))
         given = {"max_new_tokens": max_new_tokens, "steps": steps, "solver": solver, "renew_below": renew_below, "guidance_scale": guidance_scale}
-        given |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        given |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "stop": stop, "seed": seed}
         config = replace(loaded.generation, **{name: value for name, value in given.items() if value is not None})
+        for setting in set or []: config = change(config, setting)
         prompts = [p for p in prompt for _ in range(n)] or n
+        if stream:
+            if len(prompt) > 1 or n > 1: raise ConfigError(f"stream shows one text, but {max(len(prompt), 1) * n} are asked for: give one prompt and leave n at 1")
+            shown = "".join(prompt)
+            print(shown, end="", flush=True)
+            for piece in write_pieces(loaded, prompts, config):
+                text = "".join(prompt) + piece.texts[0]
+                if text.endswith("\ufffd"): continue  # a character whose end the next block holds
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+            print(text[len(shown) :])
+            return
         result = write_texts(loaded, prompts, config)
         for before, text in zip(prompts if isinstance(prompts, list) else [""] * n, result.texts): print(before + text + "\n")
 
@@ -161,11 +179,20 @@ def evaluate(
     n: int = 500,  # Unseen stories and prompts
     seed: int = 7,  # Of the prompts
     json: bool = False,  # End with one JSON object on the last line
+    study: str = None,  # Compare ways of writing instead, and write the scores to this JSON file
+    group: Annotated[str, {"action": "append"}] = None,  # Part of the study; may be given more than once. Default: all of it
     device: str = "cpu",  # Where to run, e.g. cuda
 ):
     "Story scores of a model, with 95% intervals and what chance gives."
     with named_errors("cola-evaluate"):
-        result = evaluate_stories(from_pretrained(model or shipped_model(), _device(device)), n, seed=seed)
+        loaded = from_pretrained(model or shipped_model(), _device(device))
+        if study:
+            scores = run_study(loaded, n, seed, group or ())
+            for name, ways in scores.items():
+                for way, s in ways.items(): print(f"{name:12} {way:16} parses {s['parses']['value']:7.2%}   consistent {s['consistent']['value']:7.2%}")
+            with whole_file(study) as part: part.write_text(dumps({"n": n, "seed": seed, "groups": scores}, indent=1) + "\n")
+            return
+        result = evaluate_stories(loaded, n, seed=seed)
         for name in ("reconstruction", "parses", "consistent"):
             s = result[name]
             print(f"{name:15} {s['value']:7.2%}   [{s['low']:.2%}, {s['high']:.2%}]   n {s['n']}   chance {s['chance']:.2%}")

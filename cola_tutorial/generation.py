@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PromptError', 'Prompts', 'prompt_tokens', 'read_prompts', 'Block', 'Writer', 'write_blocks', 'choose_tokens', 'Piece',
-           'BlockTrace', 'Generation', 'generate', 'stream', 'in_blocks_of']
+           'BlockTrace', 'Generation', 'generate', 'stream', 'stream_async', 'in_blocks_of']
 
 # %% ../nbs/09_generation.ipynb #666651ec
 import asyncio
@@ -13,6 +13,7 @@ import math
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from operator import index
 
 import torch
@@ -125,7 +126,7 @@ class Writer:
         self.prior, self.decoder = model.dit.new_cache(len(seeds), capacity, starts), model.vae.new_cache(len(seeds), capacity, starts)
         self.given = _given_blocks(prompts, size)
         self.block, self.finished, self.seen = 0, None, None  # number of the block in work; the last one, if not yet remembered; ids written, (B, V)
-        self.sights, self.tables, self.modulations, self.asked = {}, {}, (), None  # made when first needed; velocities of the step, where a trace wants them
+        self.sights, self.tables, self.modulations, self.captured, self.asked = {}, {}, (), {}, None  # made when first needed; velocities of the step, for a trace
         if most: self._remember(_history(prompts, most))
 
     def draw(self, make: Callable[..., Tensor], *shape: int) -> Tensor:  # (B, *shape)
@@ -135,7 +136,7 @@ class Writer:
     def keep(self, rows: list[int]) -> None:
         "Go on with `rows` of those that are left; the others are done."
         self.rows, self.generators = [self.rows[r] for r in rows], [self.generators[r] for r in rows]
-        self.prior.keep(rows); self.decoder.keep(rows); self.sights.clear()
+        self.prior.keep(rows); self.decoder.keep(rows); self.sights.clear(); self.captured.clear()
         self.given = [(latents[rows], known[rows]) for latents, known in self.given]
         self.finished, self.seen = (None if part is None else part[rows] for part in (self.finished, self.seen))
 
@@ -184,9 +185,10 @@ def _sight(self: Writer, behind: bool, alone: bool) -> tuple[Sight, Tensor]:
     if alone: positions = torch.cat([positions, torch.arange(size, device=device).expand(*positions.shape[:-1], size)], -1)
     slots = torch.arange(self.prior.length, self.prior.length + n, device=device) if self.static else None
     mask = self.prior.mask(n, "block_causal", size, capacity=self.static)
-    noisy = torch.ones(1, size, dtype=torch.long, device=device)
-    if self.block < len(self.given) and self.config.first_block != "repaint": noisy = (~self.given[self.block][1]).long()  # pinned: clean
+    pinned = self.block < len(self.given) and self.config.first_block != "repaint"
+    noisy = (~self.given[self.block][1]).long() if pinned else torch.ones(1, size, dtype=torch.long, device=device)
     noisy = torch.cat([torch.zeros_like(noisy)] * behind + [noisy] * (1 + alone), 1)
+    if not (pinned or behind or self.static): noisy = noisy[:, :1]  # all share one time
     self.sights[behind, alone] = Sight(self.model.dit.turns(positions), mask, self.prior, size * alone, slots), noisy
     return self.sights[behind, alone]
 
@@ -213,17 +215,49 @@ def velocity(
     if self.asked is not None: self.asked.append((conditional, unconditional, v))
     return v
 
-# %% ../nbs/09_generation.ipynb #bbab86b2
-def _tables(model: ColaDLM, times: tuple[float, ...]) -> tuple[dict[float, int], tuple[Tensor, ...]]:
-    "Table row of each time, and the modulation tables; row 0 is t = 0."
-    rows = {t: row for row, t in enumerate(dict.fromkeys((0.0, *times)))}
-    return rows, model.dit.modulations(torch.tensor(list(rows), device=model.device))
+# %% ../nbs/09_generation.ipynb #00513bf9
+class _Captured:
+    "A function of tensors recorded once as a CUDA graph, and replayed with new contents in the same places."
+
+    def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]):
+        self.inputs, self.graph, side = tuple(x.clone() for x in inputs), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3): function(*self.inputs)  # libraries set themselves up, which may not happen while recording
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(self.graph): self.output = function(*self.inputs)
+
+    def __call__(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        "What the function gives for `inputs`."
+        for place, new in zip(self.inputs, inputs): place.copy_(new)
+        self.graph.replay()
+        return self.output.clone()  # the next replay writes here
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    "`DiT.denoise`, its small operations fused; compiled anew for each new shape."
+    return torch.compile(DiT.denoise, fullgraph=True, dynamic=False)
 
 
 @patch
 def _denoise(self: Writer, z: Tensor, row: Tensor, sight: Sight) -> Tensor:
     "What the prior says of `z` (B, N, d)."
-    return self.model.dit.denoise(z, self.modulations, row, sight)
+    denoise = _compiled() if self.speed.compile else DiT.denoise
+    if not self.speed.capture or sight.cache is None: return denoise(self.model.dit, z, self.modulations, row, sight)
+    inputs, key = (z, row, sight.turns, sight.mask, sight.slots), (z.shape, row.shape, sight.alone)
+    if key not in self.captured:
+        place = lambda z, row, turns, mask, slots: denoise(self.model.dit, z, self.modulations, row, Sight(turns, mask, self.prior, sight.alone, slots))
+        self.captured[key] = _Captured(place, inputs)
+    return self.captured[key](inputs)
+
+# %% ../nbs/09_generation.ipynb #bbab86b2
+@patch
+def _tabulate(self: Writer, times: tuple[float, ...]) -> None:
+    "Make the modulation tables for `times`, and say which row each time has; row 0 is t = 0."
+    self.tables = {t: row for row, t in enumerate(dict.fromkeys((0.0, *times)))}
+    self.modulations = self.model.dit.modulations(torch.tensor(list(self.tables), device=self.model.device))
+    self.captured.clear()
 
 
 @patch
@@ -237,7 +271,7 @@ def steps(
     grid = config.times or time_grid(config.steps, shift=config.time_shift).tolist()
     grid = [start * t for t in grid]
     asked = [time for t, t_next in zip(grid, grid[1:]) for time in SOLVERS[config.solver].times(t, t_next)]
-    if not set(asked) <= self.tables.keys(): self.tables, self.modulations = _tables(self.model, tuple(grid + asked))
+    if not set(asked) <= self.tables.keys(): self._tabulate(tuple(grid + asked))
     z = self.draw(torch.randn, dit.block_size, dit.latent_dim) if self.noise is None else self.noise[self.block][self.rows].to(self.model.device)
     if around is not None: z = bridge(around, z, torch.full(z.shape[:1], start, device=z.device))[0]
     fresh, paint = lambda z_0: self.draw(torch.randn, dit.block_size, dit.latent_dim), None
@@ -498,6 +532,23 @@ def stream(
 ) -> Iterator[Piece]:  # after every block, and at the steps of `read_at`
     "The same texts, piece by piece; errors are raised at once, the work is done as pieces are asked for."
     return _job(model, prompts, config, seeds, noise, speed, False).run(read_at, stopped)
+
+# %% ../nbs/09_generation.ipynb #7b90b389
+async def stream_async(*args, **options) -> AsyncIterator[Piece]:
+    "`stream`, with the work in another thread: the notebook goes on meanwhile. Cancelling stops it within one solver step."
+    stop = threading.Event()
+    pieces = stream(*args, **options, stopped=stop.is_set)
+    try:
+        while True:
+            turn = asyncio.ensure_future(asyncio.to_thread(next, pieces, None))
+            try: piece = await asyncio.shield(turn)
+            except asyncio.CancelledError:
+                stop.set()
+                await asyncio.wait([turn])
+                raise
+            if piece is None: return
+            yield piece
+    finally: pieces.close()
 
 # %% ../nbs/09_generation.ipynb #6ae9a382
 def _new_token_limits(config: GenerationConfig, tokens: list[list[int]], starts: list[int], per_block: int) -> list[int]:

@@ -1,15 +1,28 @@
 "A row is what it would be alone; options are obeyed or refused; every token is counted."
 
+import asyncio
+import functools
+import gc
 import math
-from dataclasses import replace
+import weakref
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cola_tutorial.config import ColaConfig, ConfigError, DiTConfig, GenerationConfig, VAEConfig
-from cola_tutorial.generation import PromptError, choose_tokens, generate, read_prompts, write_blocks
+from cola_tutorial import generation
+from cola_tutorial.config import ColaConfig, ConfigError, DiTConfig, GenerationConfig, SpeedConfig, TraceConfig, VAEConfig
+from cola_tutorial.generation import (
+    PromptError,
+    choose_tokens,
+    generate,
+    read_prompts,
+    stream,
+    stream_async,
+    write_blocks,
+)
 from cola_tutorial.model import ColaDLM
 from cola_tutorial.text.corpus import train_tokenizer
 
@@ -59,30 +72,90 @@ def prompt(length, seed=0):
     return torch.randint(1, END_ID, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-@EXAMPLES
-@given(
-    st.lists(st.integers(1, 11), min_size=2, max_size=4),
-    st.sampled_from([{}, {"attention": "causal"}, {"patch_size": 2}]),
-    st.sampled_from([0.0, 1.0, 3.0]),
-    st.sampled_from([0.0, 0.8]),
-    st.randoms(use_true_random=False),
+WAYS = st.fixed_dictionaries(
+    {
+        "guidance_scale": st.sampled_from([0.0, 1.0, 3.0]),
+        "guidance_schedule": st.sampled_from([(), ((1.0, 1.0), (0.3, 2.0)), ((0.5, 3.0), (0.4, 1.0))]),
+        "solver": st.sampled_from(["euler", "heun", "midpoint", "rk4"]),
+        "time_shift": st.sampled_from([0.5, 1.0, 3.0]),
+        "times": st.sampled_from([(), (1.0, 0.4, 0.0)]),
+        "renew_below": st.sampled_from([0.0, 0.6]),
+        "first_block": st.sampled_from(["clean", "repaint", "left_padding", "right_padding"]),
+        "temperature": st.sampled_from([0.0, 0.8]),
+        "repetition_penalty": st.sampled_from([1.0, 1.7]),
+        "min_p": st.sampled_from([0.0, 0.2]),
+        "stop_tokens": st.sampled_from([(), (3, 7)]),
+        "num_blocks": st.sampled_from([None, 2]),
+    }
 )
-def test_a_row_is_what_it_would_be_alone_and_in_any_order(lengths, vae, guidance_scale, temperature, random):
-    if "patch_size" in vae:
-        lengths = [2 * length for length in lengths]
-    model = endless(**vae)
-    config = replace(PLAIN, guidance_scale=guidance_scale, temperature=temperature)
+MODELS = st.sampled_from([{}, {"attention": "causal"}, {"patch_size": 2}])
+
+
+def test_the_drawn_ways_name_every_setting_that_changes_what_is_written():
+    limits = {"max_length", "max_new_tokens", "block_size", "steps", "top_k", "top_p", "stop", "seed"}
+    drawn = {"guidance_scale", "guidance_schedule", "solver", "time_shift", "times", "renew_below", "first_block"}
+    drawn |= {"temperature", "repetition_penalty", "min_p", "stop_tokens", "num_blocks"}
+    assert {f.name for f in fields(GenerationConfig)} == limits | drawn | {"repaint_repeats", "repaint_fraction"}
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 11), min_size=2, max_size=3), MODELS, WAYS, st.booleans(), st.randoms(use_true_random=False))
+def test_a_row_is_what_it_would_be_alone_and_in_any_order(lengths, vae, ways, ends, random):
+    model = small(**vae) if ends else endless(**vae)
+    config = replace(PLAIN, **ways)
     prompts = [prompt(length, seed) for seed, length in enumerate(lengths)]
     seeds = [100 + row for row in range(len(prompts))]
     together = generate(model, prompts, config, seeds)
+    again = generate(model, prompts, config, seeds)
+    assert again.tokens == together.tokens and same(again.latents, together.latents)
     order = random.sample(range(len(prompts)), len(prompts))
     permuted = generate(model, [prompts[row] for row in order], config, [seeds[row] for row in order])
     for row in range(len(prompts)):
         alone = generate(model, [prompts[row]], config, [seeds[row]])
         at = order.index(row)
-        assert together.tokens[row] == alone.tokens[0] == permuted.tokens[at] and len(alone.tokens[0]) == 7
+        assert together.tokens[row] == alone.tokens[0] == permuted.tokens[at]
+        assert together.reasons[row] == alone.reasons[0] == permuted.reasons[at]
+        assert len(together.tokens[row]) <= 8 * model.config.vae.patch_size
         torch.testing.assert_close(together.latents[row], alone.latents[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(together.latents[row], permuted.latents[at], atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    st.lists(st.integers(1, 11), min_size=1, max_size=3),
+    MODELS,
+    WAYS,
+    st.fixed_dictionaries({name: st.booleans() for name in ("one_forward", "merge_commit", "leave")}),
+)
+def test_how_it_is_computed_does_not_change_what_is_written(lengths, vae, ways, speed):
+    model, config = small(**vae), replace(PLAIN, **ways)
+    prompts = [prompt(length, seed) for seed, length in enumerate(lengths)]
+    plain = generate(model, prompts, config, speed=SpeedConfig(one_forward=False, merge_commit=False, leave=False))
+    found = generate(model, prompts, config, speed=SpeedConfig(**speed))
+    assert found.tokens == plain.tokens and found.reasons == plain.reasons
+    for mine, theirs in zip(found.latents, plain.latents): torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def whole_graphs(monkeypatch):
+    "torch.compile that breaks where it cannot follow, without the minute that code generation takes."
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    generation._compiled.cache_clear()
+    yield
+    generation._compiled.cache_clear()
+
+
+def test_a_compiled_step_is_one_graph_and_gives_the_same(whole_graphs):
+    model, config = endless(), replace(PLAIN, guidance_scale=2.0)
+    for prompts in ([prompt(3), prompt(9)], [prompt(4)]):
+        plain, found = (generate(model, prompts, config, speed=speed) for speed in (None, SpeedConfig(compile=True)))
+        assert found.tokens == plain.tokens
+        for mine, theirs in zip(found.latents, plain.latents): torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_graph_cannot_be_captured_without_cuda():
+    with pytest.raises(ConfigError, match="^capture is True.*CUDA"):
+        generate(endless(), [prompt(3)], PLAIN, speed=SpeedConfig(capture=True))
 
 
 def test_rows_of_a_bidirectional_encoder_are_alone_too():
@@ -412,3 +485,214 @@ def test_a_latent_of_two_tokens_and_a_prompt_of_any_length(length):
     assert len(found.tokens[0]) == 7
     alone, beside = found, generate(model, [prompt(length), prompt(16, 1), prompt(3, 2)], PLAIN, seeds=[0, 1, 2])
     assert alone.tokens[0] == beside.tokens[0]
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.0, 2.5])
+def test_the_penalty_is_for_ids_of_earlier_blocks_of_this_call(penalty):
+    model, read = endless(), None
+    config = replace(PLAIN, num_blocks=3, repetition_penalty=penalty)
+    ids = [prompt(9), prompt(6, 1)]
+    read, seen = read_prompts(model, ids), [set(), set()]
+    chosen = []
+    for block in write_blocks(model, read, config, 3, [0, 1]):
+        for row in range(2):
+            for place, logits in enumerate(block.logits[row].tolist()):
+                scores = [(v / penalty if v > 0 else v * penalty) if i in seen[row] else v for i, v in enumerate(logits)]
+                assert block.tokens[row, place].item() == max(range(VOCABULARY), key=scores.__getitem__)
+        for row in range(2): seen[row] |= set(block.tokens[row].tolist())  # the first block's prompt part included
+        chosen.append(block.tokens)
+    plain = [block.tokens for block in write_blocks(model, read, replace(config, repetition_penalty=1.0), 3, [0, 1])]
+    assert torch.equal(chosen[0], plain[0]) and same(chosen, plain) == (penalty == 1.0)
+
+
+def test_a_stop_token_ends_a_row_and_the_others_go_on():
+    model, config = endless(), replace(PLAIN, max_new_tokens=20)
+    free = generate(model, [prompt(3), prompt(6, 1)], config)
+    stop = next(t for t in free.tokens[0] if t not in free.tokens[1])
+    found = generate(model, [prompt(3), prompt(6, 1)], replace(config, stop_tokens=(stop,)))
+    assert found.reasons == ["stop", "length"] and found.finished == [True, False]
+    assert found.tokens == [free.tokens[0][: free.tokens[0].index(stop)], free.tokens[1]]
+    assert len(found.latents[0]) < len(free.latents[0]) and torch.equal(found.latents[1][:SIZE], free.latents[1][:SIZE])
+
+
+def words():
+    "A tokenizer of whole words and a model that writes them."
+    tokenizer = train_tokenizer(["the tiger and the forest and the night"], 270)
+    model = small(tokenizer, vocab_size=270, end_id=1)
+    model.vae.decoder.final_layer.bias[1] = -1e4
+    return model
+
+
+def test_a_stop_string_cuts_the_text_wherever_its_blocks_end():
+    model, config = words(), replace(PLAIN, max_new_tokens=24)
+    free = generate(model, ["the tiger"], config)
+    for start in range(2, len(free.texts[0]) - 4):
+        stop = free.texts[0][start : start + 3]
+        if "\ufffd" in stop: continue  # half a character, which the next token may complete
+        found = generate(model, ["the tiger"], replace(config, stop=(stop, "never written")))
+        assert found.texts[0] == free.texts[0][: free.texts[0].index(stop)] and found.reasons == ["stop"]
+        assert found.tokens[0] == free.tokens[0][: len(found.tokens[0])]
+        assert free.texts[0].startswith(model.tokenizer.decode(found.tokens[0])) or "\ufffd" in model.tokenizer.decode(found.tokens[0])
+    with pytest.raises(ConfigError, match="stop strings need a tokenizer"):
+        generate(endless(), [prompt(3)], replace(PLAIN, stop=("a",)))
+
+
+@pytest.mark.parametrize("length", [1, 3, 6, 11])
+@pytest.mark.parametrize("side", ["left_padding", "right_padding"])
+def test_padding_is_a_longer_prompt(side, length):
+    model, ids = endless(), prompt(length)
+    pads = [0] * (-length % SIZE)
+    padded = pads + ids if side == "left_padding" else ids + pads
+    found = generate(model, [ids], replace(PLAIN, first_block=side, num_blocks=2))
+    asked = generate(model, [padded], replace(PLAIN, num_blocks=2))
+    assert found.tokens == asked.tokens and len(found.tokens[0]) == 2 * SIZE
+    torch.testing.assert_close(found.latents[0], asked.latents[0])
+
+
+def test_repaint_is_the_walk_with_the_known_latents_painted_in():
+    model, ids, steps, repeats, fraction = endless(), prompt(6), 4, 3, 0.5
+    config = replace(PLAIN, first_block="repaint", steps=steps, repaint_repeats=repeats, repaint_fraction=fraction, num_blocks=1, guidance_scale=2.0)
+    found = generate(model, [ids], config, [11]).latents[0][None]
+    latents = model.vae.to_latents(model.vae.encode(torch.tensor([ids + [0, 0]])).mean)
+    known, generator = latents[:, 4:6], torch.Generator().manual_seed(11)
+    z = torch.randn(SIZE, 4, generator=generator)[None]
+    for step in range(steps):
+        t, end = 1 - step / steps, 1 - (step + 1) / steps
+        for again in range(repeats if step < 2 else 1):
+            if again:
+                share = (1 - t) / (1 - end)
+                z = share * z + math.sqrt(t * t - (share * end) ** 2) * torch.randn(SIZE, 4, generator=generator)
+            if step < 2: z = torch.cat([((1 - t) * known + t * torch.randn(SIZE, 4, generator=generator)[:2]), z[:, 2:]], 1)
+            times = torch.full((1, SIZE), t)
+            v = model.dit(torch.cat([latents[:, :4], z], 1), torch.cat([torch.zeros(1, 4), times], 1))[:, 4:]
+            alone = model.dit(z, times)
+            z = z - (t - end) * (alone + 2 * (v - alone))
+    torch.testing.assert_close(found, torch.cat([known, z[:, 2:]], 1), atol=1e-4, rtol=1e-4)
+
+
+def test_a_block_size_at_run_time_is_a_model_of_that_size_with_the_same_weights():
+    model = endless()
+    vae, dit = replace(model.config.vae, block_size=2), replace(model.config.dit, block_size=2)
+    other = ColaDLM(replace(model.config, vae=vae, dit=dit)).eval()
+    other.load_state_dict(model.state_dict())
+    ids, config = [prompt(5), prompt(4, 1)], replace(PLAIN, guidance_scale=2.0)
+    found, wanted = generate(model, ids, replace(config, block_size=2)), generate(other, ids, config)
+    assert found.tokens == wanted.tokens and same(found.latents, wanted.latents)
+    assert found.tokens != generate(model, ids, config).tokens and model.config.dit.block_size == SIZE
+    assert model.vae.encoder.config.block_size == model.vae.decoder.config.block_size == SIZE
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_given_grid_is_walked_and_a_schedule_is_followed(scale):
+    model, ids = endless(), [prompt(4)]
+    uniform = replace(PLAIN, steps=4, guidance_scale=scale, num_blocks=1)
+    given_times = replace(uniform, steps=1, times=(1.0, 0.75, 0.5, 0.25, 0.0))
+    flat = replace(uniform, guidance_scale=0.5, guidance_schedule=((1.0, scale), (0.0, scale)))
+    wanted = generate(model, ids, uniform)
+    for config in (given_times, flat): assert same(generate(model, ids, config).latents, wanted.latents)
+    uneven = generate(model, ids, replace(uniform, times=(1.0, 0.9, 0.2, 0.1, 0.0)))
+    assert (uneven.latents[0] - wanted.latents[0]).abs().max() > 1e-3
+    if scale == 1: return
+    late = generate(model, ids, replace(uniform, guidance_schedule=((0.6, 1.0), (0.5, scale))), trace=True).traces[0]
+    assert late.unconditional[:2].isnan().all() and not late.unconditional[2:].isnan().any()
+    torch.testing.assert_close(late.velocity[:2], late.conditional[:2])
+    torch.testing.assert_close(late.velocity[2:], late.unconditional[2:] + scale * (late.conditional - late.unconditional)[2:])
+
+
+def test_a_trace_holds_velocities_and_the_likeliest_words():
+    model, ids = endless(), [prompt(6), prompt(8, 1)]
+    config = replace(PLAIN, guidance_scale=2.0, num_blocks=2)
+    found = generate(model, ids, config, trace=TraceConfig(top=3))
+    first = found.traces[0]
+    assert first.rows == [0, 1] and first.velocity.shape == (3, 2, SIZE, 4) and first.top_logits.shape == (4, 2, SIZE, 3)
+    h = first.times[:-1] - first.times[1:]
+    torch.testing.assert_close(first.z[1:], first.z[:-1] - h[:, None, None, None] * first.velocity)  # Euler, step by step
+    assert not first.velocity[:, 0, :2].any() and torch.equal(first.z[:, 0, :2], first.z[:1, 0, :2].expand(4, 2, 4))  # pinned
+    alone = model.dit(first.z[1, 1:], torch.full((1,), first.times[1].item()))
+    torch.testing.assert_close(first.unconditional[1, 1:], alone, atol=1e-5, rtol=1e-5)
+    full = generate(model, ids, config, trace=TraceConfig(top=VOCABULARY)).traces[0]
+    torch.testing.assert_close(full.top_logits.logsumexp(-1), first.log_total)
+    assert torch.equal(full.top_tokens[..., :3], first.top_tokens)
+
+
+def test_a_trace_that_would_not_fit_is_refused_before_anything_is_written():
+    model, config = endless(), replace(PLAIN, num_blocks=2)
+    found = generate(model, [prompt(4)], config, trace=True).traces
+    parts = ("z", "conditional", "unconditional", "velocity", "top_tokens", "top_logits", "log_total")
+    taken = sum(getattr(trace, name).nbytes for trace in found for name in parts)
+    assert generate(model, [prompt(4)], config, trace=TraceConfig(max_bytes=taken)).traces
+    with pytest.raises(ConfigError, match=f"the traces need {taken:,} bytes, but max_bytes is {taken - 1:,}"):
+        generate(model, [prompt(4)], config, trace=TraceConfig(max_bytes=taken - 1))
+
+
+def test_pieces_grow_into_what_generate_gives():
+    model, config = words(), replace(PLAIN, max_new_tokens=14)
+    prompts = ["the tiger and", "night"]
+    whole, pieces = generate(model, prompts, config), list(stream(model, prompts, config, read_at=(1, 2)))
+    finished = [piece for piece in pieces if piece.step is None]
+    assert finished[-1].texts == whole.texts and finished[-1].tokens == whole.tokens and finished[-1].reasons == whole.reasons
+    for before, after in zip(finished, finished[1:]):
+        for short, long in zip(before.tokens, after.tokens): assert long[: len(short)] == short
+    assert [(piece.block, piece.step) for piece in pieces] == [(b, s) for b in range(len(finished)) for s in (1, 2, None)]
+    trace = generate(model, prompts, config, trace=True).traces[0]
+    starts = [len(model.tokenizer.encode(p).ids) % SIZE for p in prompts]
+    for step in (1, 2):
+        draft = next(piece for piece in pieces if piece.step == step)
+        assert draft.time == pytest.approx(1 - step / 3) and draft.reasons == ["", ""]
+        assert draft.tokens == [trace.tokens[step, row, start:].tolist() for row, start in enumerate(starts)]
+
+
+def test_a_stream_that_is_left_leaves_nothing_behind():
+    model, config = endless(), replace(PLAIN, max_new_tokens=30)
+    wanted = generate(model, [prompt(3)], config)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    pieces = stream(model, [prompt(3)], config, read_at=(1,))
+    assert next(pieces).step == 1  # in the middle of a block
+    memory = weakref.ref(pieces.gi_frame.f_locals["self"].writer.prior)
+    pieces.close()
+    del pieces
+    gc.collect()
+    assert memory() is None
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+    assert torch.equal(generate(model, [prompt(3)], config).latents[0], wanted.latents[0])
+
+
+def test_a_stream_stops_when_it_is_told_to():
+    asked = []
+    found = list(stream(endless(), [prompt(3)], replace(PLAIN, max_new_tokens=30), stopped=lambda: len(asked) == 6 or asked.append(1)))
+    assert len(found) == 1 and found[0].reasons == [""]  # four questions in the first block, the third of the second says stop
+
+
+def test_what_cannot_be_streamed_is_named_at_once():
+    with pytest.raises(PromptError, match="prompt 0 is empty"):
+        stream(endless(), [[]], PLAIN)
+
+
+def test_streaming_leaves_the_event_loop_free_and_can_be_cancelled():
+    model, config = endless(), replace(PLAIN, max_new_tokens=40)
+    wanted = list(stream(model, [prompt(3)], config))
+
+    async def collect(found):
+        async for piece in stream_async(model, [prompt(3)], config): found.append(piece)
+
+    async def beside():
+        found, ticks = [], 0
+        task = asyncio.create_task(collect(found))
+        while not task.done():
+            ticks += 1
+            await asyncio.sleep(0)
+        return found, ticks
+
+    found, ticks = asyncio.run(beside())
+    assert [piece.tokens for piece in found] == [piece.tokens for piece in wanted] and ticks > len(found)
+
+    async def cancelled():
+        found = []
+        task = asyncio.create_task(collect(found))
+        while not found: await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError): await task
+        return found
+
+    assert len(asyncio.run(cancelled())) < len(wanted)
+    assert generate(model, [prompt(3)], config).tokens[0] == wanted[-1].tokens[0]
