@@ -104,8 +104,10 @@ class Paint:
 
     known: Tensor  # clean values, shaped like z
     where: Tensor  # True at the known places, broadcastable to z, bool
+    rows: Tensor  # True for the samples that have such places, broadcastable to z, bool; the others take each step once
     repeats: int  # how often each step is taken
     fraction: float  # part of the steps, from noise on, that are painted
+    draw: Callable[[Tensor], Tensor] = torch.randn_like  # noise for painting and repeating, shaped like z
 
 
 def renoise(
@@ -135,10 +137,11 @@ def walk(
     yield 0, grid[0], z
     for step, (t, t_next) in enumerate(zip(grid, grid[1:]), 1):
         for again in range(paint.repeats if step <= painted else 1):
-            if again: z = renoise(z, t_next, t, draw(z))
-            if step <= painted: z = torch.where(paint.where, (1 - t) * paint.known + t * draw(z), z)
-            if 0 < t_next < renew_below: z = renewing_step(velocity, z, t, t_next, draw)
-            else: z = SOLVERS[solver].step(velocity, z, t, t_next)
+            here = renoise(z, t_next, t, paint.draw(z)) if again else z
+            if step <= painted: here = torch.where(paint.where, (1 - t) * paint.known + t * paint.draw(z), here)
+            if 0 < t_next < renew_below: landed = renewing_step(velocity, here, t, t_next, paint.draw if again else draw)
+            else: landed = SOLVERS[solver].step(velocity, here, t, t_next)
+            z = torch.where(paint.rows, landed, z) if again else landed
         if paint and t_next == 0: z = torch.where(paint.where, paint.known, z)
         yield step, t_next, z
 

@@ -119,6 +119,7 @@ class Writer:
         self.static = self.speed.compile or self.speed.capture  # all shapes stay the same from step to step
         self.rows = list(range(len(seeds)))  # which rows of the call are still written
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.painters = [torch.Generator().manual_seed(seed ^ 2**62) for seed in seeds]  # for repaint: how often they are asked may depend on other rows
         most = max(prompts.whole)
         capacity = most + (blocks + 1) * size  # one more, for a finished block beside the one in work
         if self.static: capacity = math.ceil(capacity / 128) * 128  # few different shapes
@@ -129,13 +130,13 @@ class Writer:
         self.sights, self.tables, self.modulations, self.captured, self.asked = {}, {}, (), {}, None  # made when first needed; velocities of the step, for a trace
         if most: self._remember(_history(prompts, most))
 
-    def draw(self, make: Callable[..., Tensor], *shape: int) -> Tensor:  # (B, *shape)
+    def draw(self, make: Callable[..., Tensor], *shape: int, painting: bool = False) -> Tensor:  # (B, *shape)
         "Random numbers of each row, from its own generator."
-        return torch.stack([make(*shape, generator=g) for g in self.generators]).to(self.model.device, non_blocking=True)
+        return torch.stack([make(*shape, generator=g) for g in (self.painters if painting else self.generators)]).to(self.model.device, non_blocking=True)
 
     def keep(self, rows: list[int]) -> None:
         "Go on with `rows` of those that are left; the others are done."
-        self.rows, self.generators = [self.rows[r] for r in rows], [self.generators[r] for r in rows]
+        self.rows, self.generators, self.painters = ([part[r] for r in rows] for part in (self.rows, self.generators, self.painters))
         self.prior.keep(rows); self.decoder.keep(rows); self.sights.clear(); self.captured.clear()
         self.given = [(latents[rows], known[rows]) for latents, known in self.given]
         self.finished, self.seen = (None if part is None else part[rows] for part in (self.finished, self.seen))
@@ -272,15 +273,17 @@ def steps(
     grid = [start * t for t in grid]
     asked = [time for t, t_next in zip(grid, grid[1:]) for time in SOLVERS[config.solver].times(t, t_next)]
     if not set(asked) <= self.tables.keys(): self._tabulate(tuple(grid + asked))
-    z = self.draw(torch.randn, dit.block_size, dit.latent_dim) if self.noise is None else self.noise[self.block][self.rows].to(self.model.device)
+    normal = lambda painting=False: self.draw(torch.randn, dit.block_size, dit.latent_dim, painting=painting)
+    z = normal() if self.noise is None else self.noise[self.block][self.rows].to(self.model.device)
     if around is not None: z = bridge(around, z, torch.full(z.shape[:1], start, device=z.device))[0]
-    fresh, paint = lambda z_0: self.draw(torch.randn, dit.block_size, dit.latent_dim), None
+    fresh, paint = lambda z_0: normal(), None
     if self.block < len(self.given):
         latents, known = self.given[self.block][0], self.given[self.block][1][..., None]
-        if config.first_block == "repaint": paint = Paint(latents, known, config.repaint_repeats, config.repaint_fraction)
+        if config.first_block == "repaint":
+            paint = Paint(latents, known, known.any(1, keepdim=True), config.repaint_repeats, config.repaint_fraction, lambda z: normal(painting=True))
         else:
             z = torch.where(known, latents, z)
-            fresh = lambda z_0: torch.where(known, z_0, self.draw(torch.randn, dit.block_size, dit.latent_dim))
+            fresh = lambda z_0: torch.where(known, z_0, normal())
     yield from walk(self.velocity, z, grid, config.solver, config.renew_below, fresh, paint)
 
 

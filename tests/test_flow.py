@@ -160,8 +160,9 @@ def painted(t_repeats, fraction, steps=4):
         asked.append((t, z.clone()))
         return torch.ones_like(z)
 
-    paint = Paint(torch.tensor([5.0, 0.0]), torch.tensor([True, False]), t_repeats, fraction)
-    return asked, integrate(velocity, torch.zeros(2), time_grid(steps), draw=torch.ones_like, paint=paint)
+    where, rows = torch.tensor([[True, False], [False, False]]), torch.tensor([[True], [False]])
+    paint = Paint(torch.tensor([5.0, 0.0]), where, rows, t_repeats, fraction, torch.ones_like)
+    return asked, integrate(velocity, torch.zeros(2, 2), time_grid(steps), draw=torch.ones_like, paint=paint)
 
 
 @pytest.mark.parametrize("repeats, fraction, times", [
@@ -174,8 +175,8 @@ def test_repaint_takes_the_first_steps_again_and_paints_what_is_known(repeats, f
     asked, z_0 = painted(repeats, fraction)
     assert [t for t, _ in asked] == times
     for number, (t, z) in enumerate(asked):
-        if number < repeats * math.ceil(fraction * 4): assert z[0].item() == pytest.approx((1 - t) * 5 + t)
-    assert z_0[0] == 5.0  # in the end the known value itself stands there
+        if number < repeats * math.ceil(fraction * 4): assert z[0, 0].item() == pytest.approx((1 - t) * 5 + t)
+    assert z_0[0, 0] == 5.0  # in the end the known value itself stands there
     free = 0.0
     for step in range(4):  # by hand: the unknown place is taken back with new noise before each repetition
         t, end = 1 - step / 4, 1 - (step + 1) / 4
@@ -184,7 +185,8 @@ def test_repaint_takes_the_first_steps_again_and_paints_what_is_known(repeats, f
                 share = (1 - t) / (1 - end)
                 free = share * free + math.sqrt(t**2 - (share * end) ** 2)
             free -= 0.25
-    assert z_0[1].item() == pytest.approx(free, abs=1e-6)
+    assert z_0[0, 1].item() == pytest.approx(free, abs=1e-6)
+    assert z_0[1].tolist() == pytest.approx([-1.0, -1.0])  # a sample of which nothing is known takes each step once
 
 
 @EXAMPLES
