@@ -22,7 +22,7 @@ from fastcore.script import call_parse
 from .config import ColaConfig, ConfigError, data_dir, preset
 from .evaluation import evaluate_stories
 from .generation import generate as write_texts
-from .model import ColaDLM, from_pretrained
+from .model import ColaDLM
 from .training import NonFiniteError, RunConfig, read_run
 from .training import train as train_run
 
@@ -146,7 +146,7 @@ def generate(
     with named_errors("cola-generate"):
         if n < 1: raise ConfigError(f"n is {n}, but must be a whole number >= 1")
         _refuse_empty("prompt 0")
-        loaded = from_pretrained(model or shipped_model(), _device(device))
+        loaded = ColaDLM.from_pretrained(model or shipped_model(), _device(device))
         given = {"max_new_tokens": max_new_tokens, "steps": steps, "solver": solver, "renew_below": renew_below, "guidance_scale": guidance_scale}
         given |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         config = replace(loaded.generation, **{name: value for name, value in given.items() if value is not None})
@@ -165,7 +165,7 @@ def evaluate(
 ):
     "Story scores of a model, with 95% intervals and what chance gives."
     with named_errors("cola-evaluate"):
-        result = evaluate_stories(from_pretrained(model or shipped_model(), _device(device)), n, seed=seed)
+        result = evaluate_stories(ColaDLM.from_pretrained(model or shipped_model(), _device(device)), n, seed=seed)
         for name in ("reconstruction", "parses", "consistent"):
             s = result[name]
             print(f"{name:15} {s['value']:7.2%}   [{s['low']:.2%}, {s['high']:.2%}]   n {s['n']}   chance {s['chance']:.2%}")
@@ -209,7 +209,7 @@ def info(
     "Sizes and costs of a model, and the environment."
     with named_errors("cola-info"):
         if length < 1: raise ConfigError(f"length is {length}, but must be a whole number >= 1")
-        if model: config, sizes = (loaded := from_pretrained(model)).config, loaded.sizes()
+        if model: config, sizes = (loaded := ColaDLM.from_pretrained(model)).config, loaded.sizes()
         else:
             config = preset(size)
             with torch.device("meta"): sizes = ColaDLM(config).sizes()
