@@ -272,7 +272,6 @@ class GenerationConfig:
     temperature: float = 0.0  # of the token choice; 0: greedy
     top_k: int = 0  # keep the k likeliest tokens; 0: all
     top_p: float = 1.0  # keep the likeliest tokens that hold this probability
-    repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of tokens in blocks already written; 1: none
     seed: int = 0  # row r of a batch draws its noise from seed + r unless seeds are given
 
     def __post_init__(self):
@@ -285,7 +284,6 @@ class GenerationConfig:
         _require_number(self, "guidance_scale", 0.0, 100.0)
         _require_number(self, "temperature", 0.0, 100.0)
         _require_number(self, "top_p", 1e-6, 1.0)
-        _require_number(self, "repetition_penalty", 0.01, 100.0)
 
 # %% ../nbs/01_config.ipynb #64de17ef
 _RELEASED_VAE = {  # facts of every released VAE config that are no choice here

@@ -191,7 +191,7 @@ def write_blocks(
     _remember_history(model, prompts, memory)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     draw = lambda make, *shape: torch.stack([make(*shape, generator=g) for g in generators]).to(model.device)
-    opening, seen = _opening(prompts, size, width), torch.zeros(rows, model.config.vae.vocab_size, dtype=torch.bool, device=model.device)
+    opening = _opening(prompts, size, width)
     for b in range(blocks):
         z_1 = draw(torch.randn, size, width) if noise is None else noise[b].to(model.device)
         known, pinned = opening if b == 0 else (z_1, torch.zeros_like(opening[1]))
@@ -202,10 +202,7 @@ def write_blocks(
         _remember(model, z, [size] * rows, memory[0])
         logits = model.vae.decode(z, memory[1])
         memory[1].commit([size] * rows)
-        factor = torch.where(logits > 0, 1 / config.repetition_penalty, config.repetition_penalty)
-        tokens = choose_tokens(torch.where(seen[:, None], logits * factor, logits), config, draw(torch.rand, logits.shape[1]))
-        seen = seen.scatter(1, tokens, True)
-        yield Block(z, logits, tokens, tracer.result() if trace else None)
+        yield Block(z, logits, choose_tokens(logits, config, draw(torch.rand, logits.shape[1])), tracer.result() if trace else None)
 
 # %% ../nbs/09_generation.ipynb #9ba370e2
 @dataclass
