@@ -27,6 +27,7 @@ _rooms = (
     "generation",
     "training",
     "evaluation",
+    "verify",
 )
 
 # %% ../nbs/16_package.ipynb #03a96138
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from cola_tutorial.generation import *
     from cola_tutorial.training import *
     from cola_tutorial.evaluation import *
+    from cola_tutorial.verify import *
 
 # %% ../nbs/16_package.ipynb #cc01df70
 def __getattr__(

@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from .config import ConfigError, GenerationConfig, LoopConfig, Stage1Config, Stage2Config, data_dir, preset
-from .model import ColaDLM, ModelFileError, free_folder, from_pretrained, load_weights, read_json, save_pretrained, whole_file, whole_folder
+from .model import ColaDLM, ModelFileError, free_folder, load_weights, read_json, whole_file, whole_folder
 from .objectives import counted_positions, stage1_terms, stage2_terms
 from .text.corpus import batch_indices, documents, documents_from, load_tokenizer, needed_vocabulary
 from .text.corpus import pack, special_ids, split_rows, token_batch, train_tokenizer
@@ -346,7 +346,7 @@ def _texts(run: RunConfig, cache_dir) -> tuple[Dataset, Dataset | None]:
 def _new_model(run: RunConfig, texts: Dataset) -> ColaDLM:
     "The model of `run.init`, or one with new weights and the tokenizer given, or trained on `texts`."
     if run.init:
-        model = from_pretrained(run.init)
+        model = ColaDLM.from_pretrained(run.init)
         if model.tokenizer is None: raise ConfigError(f"{run.init} has no tokenizer.json, so no text can be read: put its tokenizer there")
         return model
     config = preset(run.size, vocab_size=run.vocab_size, **run.changes)
@@ -399,14 +399,14 @@ def train(
     text = _text_digest(model, rows)
     for stage in stages: _newest(out, stage, getattr(run, stage), text)
     with whole_file(out / "run.json") as part: part.write_text(json.dumps(asdict(run), indent=2) + "\n")
-    if needs_vae: model.vae.load_state_dict(from_pretrained(model_folder).vae.state_dict())
+    if needs_vae: model.vae.load_state_dict(ColaDLM.from_pretrained(model_folder).vae.state_dict())
     for stage in sorted(set(stages)):
         trainer = Trainer(model, rows, getattr(run, stage), out, held_out, sample if stage == "stage2" else None)
         trainer.resume()
         trainer.run(progress=progress)
         if trainer.average: trainer.parts.load_state_dict(trainer.average.module.state_dict())
         # A finished prior must not be overwritten by stage 1, which has none, when the same run is asked for again.
-        if stage == "stage2" or not checkpoints(out, "stage2"): save_pretrained(model, model_folder)
+        if stage == "stage2" or not checkpoints(out, "stage2"): model.save_pretrained(model_folder)
     return model.requires_grad_(False).eval()
 
 

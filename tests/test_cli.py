@@ -22,11 +22,11 @@ def run(command, *args, cwd=None):
     return subprocess.run([sys.executable, str(path), *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=300)
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "info"])
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "info", "verify"])
 def test_help_names_every_option(command, tmp_path):
     done = run(command, "--help", cwd=tmp_path)
     assert done.returncode == 0 and "usage" in done.stdout and "--help" in done.stdout
-    assert "--json" in done.stdout or command in ("train", "generate")
+    assert "--json" in done.stdout or command in ("train", "generate", "verify")
 
 
 @pytest.mark.parametrize("size, vae, dit", [("full", 501_871_574, 1_829_875_728)])
@@ -70,6 +70,9 @@ def test_evaluate_ends_with_one_json_object(tmp_path):
         ("train", ["--tokenizer", "list.json", "good.txt"], "list.json: not a tokenizer"),
         ("generate", [""], "prompt 0 is empty"),
         ("generate", ["--seed", "99999999999999999999", "Tom"], "seed is 99999999999999999999"),
+        ("verify", [], "cola-verify CHECKPOINT REFERENCE"),
+        ("verify", ["folder", "nowhere.safetensors"], "nowhere.safetensors is missing"),
+        ("verify", ["folder", "list.json"], "list.json is damaged, or no safetensors file"),
     ],
 )
 def test_mistakes_are_named_in_one_line(command, args, words, tmp_path):

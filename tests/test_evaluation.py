@@ -20,7 +20,7 @@ from cola_tutorial.evaluation import (
     story_scores,
     wilson,
 )
-from cola_tutorial.model import from_pretrained
+from cola_tutorial.model import ColaDLM
 from cola_tutorial.text.stories import Grammar
 
 
@@ -90,6 +90,6 @@ def test_the_shipped_evaluation_can_be_repeated_in_part():
     assert shipped["rejected"] == []
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     assert f"{shipped['parses']['value']:.1%} of its continuations are stories" in readme
-    few = evaluate_stories(from_pretrained(data_dir() / "pretrained"), n=40)
+    few = evaluate_stories(ColaDLM.from_pretrained(data_dir() / "pretrained"), n=40)
     for name in ("reconstruction", "parses", "consistent"):
         assert few[name]["high"] >= shipped[name]["low"] and few[name]["low"] <= shipped[name]["high"], name

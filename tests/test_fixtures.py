@@ -13,7 +13,7 @@ from cola_tutorial.config import GenerationConfig, dit_from_released, vae_from_r
 from cola_tutorial.dit import DiT
 from cola_tutorial.flow import bridge
 from cola_tutorial.generation import generate, read_prompts, write_blocks
-from cola_tutorial.model import from_pretrained
+from cola_tutorial.model import ColaDLM
 from cola_tutorial.vae import TextVAE
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -75,7 +75,7 @@ def test_two_copy_training_agrees(fixture):
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_patch2"])
 def test_generation_agrees(name):
-    model = from_pretrained(FIXTURES / name)
+    model = ColaDLM.from_pretrained(FIXTURES / name)
     path = FIXTURES / name / "reference.safetensors"
     reference = load_file(path)
     with safe_open(path, framework="pt") as file:

@@ -47,6 +47,7 @@ FLOORS = {
     "generation": 4,
     "training": 4,
     "evaluation": 5,
+    "verify": 5,
     "viz": 5,
     "cli": 6,
     "__init__": 7,

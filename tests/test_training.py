@@ -17,7 +17,7 @@ from datasets import Dataset, disable_progress_bars
 from safetensors.torch import load_file
 
 from cola_tutorial.config import ColaConfig, ConfigError, DiTConfig, LoopConfig, Stage1Config, Stage2Config, VAEConfig
-from cola_tutorial.model import ColaDLM, ModelFileError, from_pretrained
+from cola_tutorial.model import ColaDLM, ModelFileError
 from cola_tutorial.training import (
     MetricsLog,
     NonFiniteError,
@@ -356,7 +356,7 @@ def finished(tmp_path_factory, text):
 
 
 def test_a_text_file_becomes_a_model(finished):
-    model = from_pretrained(finished / "model")
+    model = ColaDLM.from_pretrained(finished / "model")
     assert model.tokenizer.get_vocab_size() == 270 == model.config.vae.vocab_size and model.generation.max_length == 16
     steps = [("stage1", n) for n in range(1, 5)] + [("stage2", n) for n in range(1, 7)]
     assert [(line["stage"], line["step"]) for line in metrics(finished)] == steps
@@ -373,7 +373,7 @@ def test_a_finished_run_is_only_read_again(finished, text, tmp_path):
     again = shutil.copytree(finished, tmp_path / "again")
     train(run_config(text), again, progress=False, cache_dir=finished.parent / "cache")
     assert metrics(again) == metrics(finished)
-    assert_same(from_pretrained(again / "model").state_dict(), from_pretrained(finished / "model").state_dict())
+    assert_same(ColaDLM.from_pretrained(again / "model").state_dict(), ColaDLM.from_pretrained(finished / "model").state_dict())
 
 
 def test_a_folder_of_another_run_is_refused(finished, text):
@@ -538,7 +538,7 @@ def test_a_killed_process_continues_bit_for_bit_in_another(finished, text, tmp_p
     process = child(CHILD, text, out, finished.parent / "cache")
     _, errors = process.communicate(b"", timeout=120)
     assert process.returncode == 0, errors.decode()
-    assert_same(from_pretrained(out / "model").state_dict(), from_pretrained(finished / "model").state_dict())
+    assert_same(ColaDLM.from_pretrained(out / "model").state_dict(), ColaDLM.from_pretrained(finished / "model").state_dict())
     for ours, theirs in zip(checkpoints(out, "stage2"), checkpoints(finished, "stage2")):
         for name in ("weights", "average", "reference", "optimizer"):
             assert_same(load_file(ours / f"{name}.safetensors"), load_file(theirs / f"{name}.safetensors"))
