@@ -24,6 +24,7 @@ from cola_tutorial.generation import (
     write_blocks,
 )
 from cola_tutorial.model import ColaDLM
+from cola_tutorial.nn.attention import KVCache
 from cola_tutorial.text.corpus import train_tokenizer
 
 EXAMPLES = settings(max_examples=25, deadline=None, derandomize=True)
@@ -507,12 +508,17 @@ def test_the_penalty_is_for_ids_of_earlier_blocks_of_this_call(penalty):
 
 def test_a_stop_token_ends_a_row_and_the_others_go_on():
     model, config = endless(), replace(PLAIN, max_new_tokens=20)
-    free = generate(model, [prompt(3), prompt(6, 1)], config)
-    stop = next(t for t in free.tokens[0] if t not in free.tokens[1])
-    found = generate(model, [prompt(3), prompt(6, 1)], replace(config, stop_tokens=(stop,)))
-    assert found.reasons == ["stop", "length"] and found.finished == [True, False]
-    assert found.tokens == [free.tokens[0][: free.tokens[0].index(stop)], free.tokens[1]]
-    assert len(found.latents[0]) < len(free.latents[0]) and torch.equal(found.latents[1][:SIZE], free.latents[1][:SIZE])
+    prompts = [prompt(3), prompt(6, 1)]
+    free = generate(model, prompts, config)
+    last = [tokens.index for tokens in free.tokens]
+    stop = max(set(free.tokens[0]) & set(free.tokens[1]), key=lambda t: abs(last[0](t) - last[1](t)))  # met at different times
+    assert last[0](stop) // SIZE != last[1](stop) // SIZE
+    found = generate(model, prompts, replace(config, stop_tokens=(stop,)))
+    assert found.reasons == ["stop", "stop"] and found.finished == [True, True]
+    assert found.tokens == [tokens[: tokens.index(stop)] for tokens in free.tokens]
+    for mine, whole, tokens, ids in zip(found.latents, free.latents, found.tokens, prompts):
+        assert len(mine) == ((len(ids) % SIZE + len(tokens)) // SIZE + 1) * SIZE < len(whole)  # to the end of the block with the stop
+        torch.testing.assert_close(mine, whole[: len(mine)], atol=1e-5, rtol=1e-5)
 
 
 def words():
@@ -646,13 +652,15 @@ def test_a_stream_that_is_left_leaves_nothing_behind():
     model, config = endless(), replace(PLAIN, max_new_tokens=30)
     wanted = generate(model, [prompt(3)], config)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    gc.collect()
     pieces = stream(model, [prompt(3)], config, read_at=(1,))
     assert next(pieces).step == 1  # in the middle of a block
-    memory = weakref.ref(pieces.gi_frame.f_locals["self"].writer.prior)
+    memories = [weakref.ref(thing) for thing in gc.get_objects() if isinstance(thing, KVCache)]
+    assert len(memories) == 2  # of the prior and of the decoder
     pieces.close()
     del pieces
     gc.collect()
-    assert memory() is None
+    assert not any(memory() for memory in memories)
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
     assert torch.equal(generate(model, [prompt(3)], config).latents[0], wanted.latents[0])
 
