@@ -26,7 +26,9 @@ _rooms = (
     "model",
     "generation",
     "training",
+    "plain",
     "evaluation",
+    "bench",
 )
 
 # %% ../nbs/16_package.ipynb #03a96138
@@ -42,7 +44,9 @@ if TYPE_CHECKING:
     from cola_tutorial.model import *
     from cola_tutorial.generation import *
     from cola_tutorial.training import *
+    from cola_tutorial.plain import *
     from cola_tutorial.evaluation import *
+    from cola_tutorial.bench import *
 
 # %% ../nbs/16_package.ipynb #cc01df70
 def __getattr__(
