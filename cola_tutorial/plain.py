@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAVINGS', 'Waste', 'ladder', 'Tally', 'write_plainly']
 
-# %% ../nbs/09b_memory.ipynb #67d38927
+# %% ../nbs/09b_memory.ipynb #902b183b
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from .generation import Block, Prompts
 from .model import ColaDLM
 from .nn.attention import attend, rotary_angles, rotate_halves, rotate_pairs
 
-# %% ../nbs/09b_memory.ipynb #47b04e65
+# %% ../nbs/09b_memory.ipynb #2f99ac3d
 @dataclass(frozen=True)
 class Waste:
     "What a sampler does more often than it must; all True: the straightforward sampler, all False: none of it."
@@ -53,7 +53,7 @@ def ladder() -> Iterator[tuple[str, Waste]]:  # what was saved last, and what is
         waste = replace(waste, **{name: False})
         yield words, waste
 
-# %% ../nbs/09b_memory.ipynb #a9914af3
+# %% ../nbs/09b_memory.ipynb #8d309e8b
 @dataclass
 class Tally:
     "What a sampler did, counted."
@@ -70,7 +70,7 @@ class Tally:
         "Count on."
         for name, count in counts.items(): setattr(self, name, getattr(self, name) + count)
 
-# %% ../nbs/09b_memory.ipynb #59618777
+# %% ../nbs/09b_memory.ipynb #943bc347
 class _Memory:
     "Keys and values of every layer, kept wastefully or not, and the attention over them."
 
@@ -82,20 +82,19 @@ class _Memory:
 
     def sight(self, start: int, n: int, alone: bool, dim: int) -> tuple[Tensor, Tensor]:
         "Mask of `n` slots from `start` over all they may see, and the angles (B, M or n, dim/2) of the keys to rotate."
-        first = torch.full_like(self.first, start) if alone else self.first
-        slot = torch.arange(start if alone else 0, start + n, device=first.device)  # (M,)
-        position, block = slot - first[:, None], slot // self.size  # (B, M), (M,)
+        slot = torch.arange(start if alone else 0, start + n, device=self.first.device)  # (M,)
+        position, block = slot - self.first[:, None], slot // self.size  # (B, M), (M,)
         held = position >= 0
         mask = (block[-n:, None] >= block) & (held[:, None] | ~held[:, -n:, None])  # (B, n, M); empty sees empty, lest softmax be 0 / 0
         if self.waste.flat_attention:
-            same = torch.eye(len(first), dtype=torch.bool, device=first.device)
+            same = torch.eye(len(held), dtype=torch.bool, device=held.device)
             mask = rearrange(same[:, None, :, None] & mask[:, :, None], "b n c m -> (b n) (c m)")
         else: mask = mask[:, None]  # (B, 1, n, M)
         self.tally.add(cells=mask.numel())
         position = position if self.waste.raw_history else position[:, -n:]
         return mask, rotary_angles(position.clamp(min=0), dim, self.base)
 
-# %% ../nbs/09b_memory.ipynb #26e2761a
+# %% ../nbs/09b_memory.ipynb #942cd6e3
 @patch
 def look(self: _Memory, layer: int, q: Tensor, k: Tensor, v: Tensor, rotate, dim: int, start: int, keep: int, alone: bool) -> Tensor:  # (B, n, H * D)
     "Attention of `n` slots from `start` (B, H, n, D each); the first `keep` become history."
@@ -119,7 +118,7 @@ def look(self: _Memory, layer: int, q: Tensor, k: Tensor, v: Tensor, rotate, dim
     q, keys, values = (rearrange(x, "b h n e -> 1 h (b n) e") for x in (q, keys, values))
     return rearrange(attend(q, keys, values, mask), "1 h (b n) e -> b n (h e)", b=batch)
 
-# %% ../nbs/09b_memory.ipynb #10e6a675
+# %% ../nbs/09b_memory.ipynb #9816313d
 @dataclass
 class _Part:
     "Neighbouring slots of every row that go through the prior together."
@@ -152,7 +151,7 @@ class _Sampler:
         self.tables = list(_modulations(model, self.grid))
         tally.add(modulations=steps + 1)
 
-# %% ../nbs/09b_memory.ipynb #c51e7a3f
+# %% ../nbs/09b_memory.ipynb #a0debebc
 @patch
 def velocities(self: _Sampler, parts: Sequence[_Part]) -> list[Tensor]:  # one (B, n, d) for each part
     "One forward through the prior."
@@ -176,7 +175,7 @@ def velocities(self: _Sampler, parts: Sequence[_Part]) -> list[Tensor]:  # one (
     v = dit.txt_out["proj"](dit.txt_out_norm(x) * (1 + scale) + shift).float()
     return [own.view_as(part.z) for own, part in zip(v.split(counts), parts)]
 
-# %% ../nbs/09b_memory.ipynb #8ab5729f
+# %% ../nbs/09b_memory.ipynb #b80a65db
 @patch
 def logits(self: _Sampler, z: Tensor, start: int) -> Tensor:  # (B, n * patch_size, V)
     "What the decoder reads from clean latents `z` (B, n, d) at the slots from `start`, which become history."
@@ -192,7 +191,7 @@ def logits(self: _Sampler, z: Tensor, start: int) -> Tensor:  # (B, n * patch_si
     x = rearrange(decoder.unpatch_layer(x), "b n (e p) -> b (n p) e", p=c.patch_size)
     return decoder.final_layer(decoder.final_norm(x))
 
-# %% ../nbs/09b_memory.ipynb #3ed2ceda
+# %% ../nbs/09b_memory.ipynb #25fa34bd
 @torch.no_grad()
 def write_plainly(
     model: ColaDLM,  # in evaluation mode
