@@ -12,12 +12,11 @@ from test_generation import PLAIN, SIZE, prompt, small
 from cola_tutorial.config import ConfigError
 from cola_tutorial.generation import read_prompts, write_blocks
 from cola_tutorial.model import from_pretrained
-from cola_tutorial.plain import SAVINGS, Tally, Waste, ladder, write_plainly
+from cola_tutorial.plain import NO_WASTE, SAVINGS, Tally, Waste, ladder, write_plainly
 
-NONE = Waste(**dict.fromkeys(SAVINGS, False))
 # All of it, none of it, each item alone, and each item left out.
-WASTES = {"all": Waste(), "none": NONE}
-WASTES |= {name: replace(NONE, **{name: True}) for name in SAVINGS}
+WASTES = {"all": Waste(), "none": NO_WASTE}
+WASTES |= {name: replace(NO_WASTE, **{name: True}) for name in SAVINGS}
 WASTES |= {f"all but {name}": replace(Waste(), **{name: False}) for name in SAVINGS}
 LENGTHS = [1, 11, 8, 6]
 
@@ -42,7 +41,7 @@ def test_no_item_of_waste_changes_what_is_written(waste, scale, patch_size):
     same(write_plainly(model, read, config, 3, seeds, noise, waste), write_blocks(model, read, config, 3, seeds, noise))
 
 
-@pytest.mark.parametrize("waste", [Waste(), NONE], ids=["all", "none"])
+@pytest.mark.parametrize("waste", [Waste(), NO_WASTE], ids=["all", "none"])
 @pytest.mark.parametrize(
     "vae",
     [{"attention": "causal"}, {"post_norm": False, "act": "gelu"}, {"clip_qkv": 0.5, "qk_norm": False}],
@@ -54,7 +53,7 @@ def test_every_kind_of_decoder_is_read_from_its_weights(vae, waste):
     same(write_plainly(model, read, PLAIN, 2, range(4), waste=waste), write_blocks(model, read, PLAIN, 2, range(4)))
 
 
-@pytest.mark.parametrize("waste", [Waste(), NONE], ids=["all", "none"])
+@pytest.mark.parametrize("waste", [Waste(), NO_WASTE], ids=["all", "none"])
 def test_texts_from_nothing_have_no_history(waste):
     model, config = small(), replace(PLAIN, guidance_scale=2.0)
     read = read_prompts(model, [[], []])
@@ -79,7 +78,7 @@ def test_the_released_numerics_are_met(name, waste):
 
 def test_the_ladder_goes_from_all_to_nothing_one_item_at_a_time():
     steps = [waste for _, waste in ladder()]
-    assert steps[0] == Waste() and steps[-1] == NONE and list(SAVINGS) == [f.name for f in fields(Waste)]
+    assert steps[0] == Waste() and steps[-1] == NO_WASTE and list(SAVINGS) == [f.name for f in fields(Waste)]
     assert [sum(astuple(waste)) for waste in steps] == list(range(len(SAVINGS), -1, -1))
 
 
@@ -94,7 +93,7 @@ def count(waste, rows=3, blocks=4, scale=3.0, whole=8):
 @pytest.mark.parametrize("scale, branches", [(1.0, 1), (3.0, 2)])
 def test_counts_are_what_arithmetic_says(scale, branches):
     B, blocks, S, whole, layers = 3, 4, PLAIN.steps, 8, 2  # of the prior; the decoder has one layer
-    most, least = count(Waste(), scale=scale), count(NONE, scale=scale)
+    most, least = count(Waste(), scale=scale), count(NO_WASTE, scale=scale)
     assert most.forwards == 1 + blocks * (branches * S + 1) and least.forwards == 1 + blocks * S
     assert most.positions == B * (whole + blocks * SIZE * (branches * S + 1))
     assert least.positions == most.positions - B * SIZE  # nobody asks for the last block's keys
@@ -114,7 +113,7 @@ def test_counts_are_what_arithmetic_says(scale, branches):
 
 
 def test_a_memory_that_never_asks_twice_does_not_grow_with_the_history():
-    near, far = count(NONE, whole=8), count(NONE, whole=32)
+    near, far = count(NO_WASTE, whole=8), count(NO_WASTE, whole=32)
     more = 3 * (32 - 8) * (2 + 1)  # rotated once, when the prompt is read, in two layers of the prior and one of the decoder
     assert far.rotated - near.rotated == more and count(Waste(), whole=32).rotated - count(Waste(), whole=8).rotated > 10 * more
 
