@@ -26,6 +26,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'cola_tutorial.cli': { 'cola_tutorial.cli._device': ('cli.html#_device', 'cola_tutorial/cli.py'),
                                    'cola_tutorial.cli._refuse_empty': ('cli.html#_refuse_empty', 'cola_tutorial/cli.py'),
                                    'cola_tutorial.cli._sample_text': ('cli.html#_sample_text', 'cola_tutorial/cli.py'),
+                                   'cola_tutorial.cli.bench': ('cli.html#bench', 'cola_tutorial/cli.py'),
                                    'cola_tutorial.cli.change': ('cli.html#change', 'cola_tutorial/cli.py'),
                                    'cola_tutorial.cli.environment': ('cli.html#environment', 'cola_tutorial/cli.py'),
                                    'cola_tutorial.cli.evaluate': ('cli.html#evaluate', 'cola_tutorial/cli.py'),
