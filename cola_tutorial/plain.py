@@ -192,6 +192,21 @@ def logits(self: _Sampler, z: Tensor, start: int) -> Tensor:  # (B, n * patch_si
     x = rearrange(decoder.unpatch_layer(x), "b n (e p) -> b (n p) e", p=c.patch_size)
     return decoder.final_layer(decoder.final_norm(x))
 
+# %% ../nbs/09b_memory.ipynb #9bdee684
+def _denoise(sampler: _Sampler, z: Tensor, pinned: Tensor, clean: Tensor, start: int, scale: float, before: Tensor | None) -> Tensor:  # z_0, (B, size, d)
+    "Follow the guided velocity from `z` (B, size, d); `before` is the clean block before it."
+    size, grid = z.shape[1], sampler.grid
+    for step, (t, t_next) in enumerate(zip(grid, grid[1:])):
+        row = torch.full_like(clean, step).masked_fill(pinned, len(grid) - 1)
+        parts = [_Part(z, row, start)]
+        if step == 0 and before is not None and not sampler.waste.separate_commit:
+            parts = [_Part(torch.cat([before, z], 1), torch.cat([clean, row], 1), start - size, keep=size)]
+        if scale != 1.0: parts.append(_Part(z, row, start, alone=True))
+        found = [sampler.velocities([p])[0] for p in parts] if sampler.waste.two_forwards else sampler.velocities(parts)
+        v = found[0][:, -size:] if scale == 1.0 else guide(found[1], found[0][:, -size:], scale)
+        z = z + (t_next - t) * v.masked_fill(pinned[..., None], 0.0)
+    return z
+
 # %% ../nbs/09b_memory.ipynb #5478645f
 @torch.no_grad()
 def write_plainly(
@@ -228,18 +243,3 @@ def write_plainly(
         logits = sampler.logits(z_0, start)
         draw(torch.rand, logits.shape[1])  # as `write_blocks` draws for its choice, so that equal seeds give equal noise
         yield Block(z_0, logits, logits.argmax(-1))
-
-
-def _denoise(sampler: _Sampler, z: Tensor, pinned: Tensor, clean: Tensor, start: int, scale: float, before: Tensor | None) -> Tensor:  # z_0, (B, size, d)
-    "Follow the guided velocity from `z` (B, size, d); `before` is the clean block before it."
-    size, grid = z.shape[1], sampler.grid
-    for step, (t, t_next) in enumerate(zip(grid, grid[1:])):
-        row = torch.full_like(clean, step).masked_fill(pinned, len(grid) - 1)
-        parts = [_Part(z, row, start)]
-        if step == 0 and before is not None and not sampler.waste.separate_commit:
-            parts = [_Part(torch.cat([before, z], 1), torch.cat([clean, row], 1), start - size, keep=size)]
-        if scale != 1.0: parts.append(_Part(z, row, start, alone=True))
-        found = [sampler.velocities([p])[0] for p in parts] if sampler.waste.two_forwards else sampler.velocities(parts)
-        v = found[0][:, -size:] if scale == 1.0 else guide(found[1], found[0][:, -size:], scale)
-        z = z + (t_next - t) * v.masked_fill(pinned[..., None], 0.0)
-    return z

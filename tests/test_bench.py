@@ -78,6 +78,8 @@ def test_a_benchmark_model_feels_every_weight_and_is_the_same_each_time():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
     assert all(weight.any() for weight in model.parameters())
     assert bench_model("tiny", block_size=8).config.dit.block_size == 8
+    first, other = (next(write_plainly(model, read_prompts(model, [[word, 5]]), PLAIN, 1, [0])).latents for word in (3, 4))
+    assert (first - other).abs().max() > 1e-2 * first.abs().max()  # the history is felt a hundred times more than is let pass
 
 
 def test_a_model_is_read_and_its_block_changed(tmp_path):
