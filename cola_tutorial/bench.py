@@ -7,7 +7,7 @@ __all__ = ['TOLERANCE', 'Writer', 'DTYPES', 'seconds', 'time_in_turns', 'quartil
            'generation_flops', 'bench_model', 'DisagreementError', 'check_agreement', 'Candidate', 'load_adapter',
            'BenchConfig', 'candidates', 'bench_batch', 'table_lines', 'bench_generation']
 
-# %% ../nbs/17_bench.ipynb #77757fc6
+# %% ../nbs/17_bench.ipynb #43befdfa
 import copy
 import json
 import math
@@ -28,7 +28,7 @@ from .generation import Block, Prompts, read_prompts, write_blocks
 from .model import ColaDLM, from_pretrained
 from .plain import NO_WASTE, Waste, ladder, write_plainly
 
-# %% ../nbs/17_bench.ipynb #f0fb27f2
+# %% ../nbs/17_bench.ipynb #ff5b94b7
 def seconds(
     run: Callable[[], Any],  # what is timed
     device: torch.device,  # where it works
@@ -46,7 +46,7 @@ def seconds(
     getattr(torch, device.type).synchronize()
     return time.perf_counter() - began
 
-# %% ../nbs/17_bench.ipynb #98327640
+# %% ../nbs/17_bench.ipynb #e9a701f0
 def time_in_turns(
     runs: dict[str, Callable[[], Any]],  # what is timed, by name
     repeats: int,  # turns
@@ -63,7 +63,7 @@ def quartiles(
     "The median and the quarter of the values to each side of it."
     return tuple(float(q) for q in np.quantile(values, (0.25, 0.5, 0.75)))
 
-# %% ../nbs/17_bench.ipynb #2655de1b
+# %% ../nbs/17_bench.ipynb #6fc74b34
 def own_shapes(
     config: ColaConfig,  # of the model
     positions: int,  # positions in one forward
@@ -101,7 +101,7 @@ def copy_rate(
     target.copy_(source)
     return 2 * source.nbytes / min(seconds(lambda: target.copy_(source), device) for _ in range(repeats))
 
-# %% ../nbs/17_bench.ipynb #3a10c2e0
+# %% ../nbs/17_bench.ipynb #6596de1e
 def generation_flops(
     config: ColaConfig,  # of the model
     whole: Sequence[int],  # latents of history of each row, from `read_prompts`
@@ -128,7 +128,7 @@ def generation_flops(
     decoder_weights = v.latent_dim * v.dim + layers + v.patch_size * (v.dim**2 + v.dim * v.vocab_size)
     return 2 * (P * prior_weights + Q * decoder_weights + M * modulation + 2 * A * d.num_layers * inner + 2 * C * v.decoder_num_blocks * v.dim)
 
-# %% ../nbs/17_bench.ipynb #6fe01241
+# %% ../nbs/17_bench.ipynb #0cc44bea
 def bench_model(
     size: str = "tiny",  # preset: tiny, small or full
     folder: str | os.PathLike | None = None,  # a model to read instead
@@ -151,7 +151,7 @@ def bench_model(
     if read is not None: model.load_state_dict(read.state_dict())
     return model
 
-# %% ../nbs/17_bench.ipynb #a408ca15
+# %% ../nbs/17_bench.ipynb #45eae709
 class DisagreementError(ValueError):
     "A sampler wrote something else than the straightforward one; the message names it, and it is not timed."
 
@@ -183,7 +183,7 @@ def check_agreement(
     if required and other: raise DisagreementError(f"{name}: {other} of {equal.numel()} tokens differ")
     return {"difference": largest, "equal_tokens": equal.float().mean().item(), "ties": int(tie.sum())}
 
-# %% ../nbs/17_bench.ipynb #0e180f54
+# %% ../nbs/17_bench.ipynb #09a13ed6
 Writer = Callable[[Prompts, GenerationConfig, int, Sequence[Tensor]], tuple[Sequence[Tensor], Tensor]]
 
 
@@ -221,7 +221,7 @@ def load_adapter(
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# %% ../nbs/17_bench.ipynb #c30df6a7
+# %% ../nbs/17_bench.ipynb #7fec2c14
 @dataclass(frozen=True)
 class BenchConfig:
     "What is measured, and how often."
@@ -265,7 +265,7 @@ def candidates(
     if config.compile: out.append(Candidate("+ compile", _writer(write_blocks, own, speed=replace(speed, compile=True)), **last))
     return out
 
-# %% ../nbs/17_bench.ipynb #55ebcec0
+# %% ../nbs/17_bench.ipynb #86cd53f5
 @torch.no_grad()
 def bench_batch(
     model: ColaDLM,  # fp32
@@ -299,7 +299,7 @@ def bench_batch(
         row |= {"share_of_ceiling": needed / middle / ceilings[one.dtype]}
     return {"batch": batch, "blocks": blocks, "needed_block_flops": needed, "rows": rows}
 
-# %% ../nbs/17_bench.ipynb #513b37e3
+# %% ../nbs/17_bench.ipynb #2fd36ced
 def table_lines(
     result: dict[str, Any],  # from `bench_batch`
 ) -> list[str]:  # lines of text
@@ -317,7 +317,7 @@ def table_lines(
         )
     return lines + [f"{result['rows'][0]['ties']} tokens are ties" for _ in range(result["rows"][0]["ties"] > 0)]
 
-# %% ../nbs/17_bench.ipynb #19ed0e02
+# %% ../nbs/17_bench.ipynb #5c9913c6
 def bench_generation(
     model: ColaDLM,  # fp32, from `bench_model`
     config: BenchConfig = BenchConfig(),  # what is measured
