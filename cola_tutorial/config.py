@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ATTENTION_KINDS', 'PAD', 'END', 'PRESETS', 'ConfigError', 'VAEConfig', 'DiTConfig', 'ColaConfig', 'preset',
-           'LoopConfig', 'Stage1Config', 'Stage2Config', 'GenerationConfig', 'SpeedConfig', 'vae_from_released',
-           'vae_to_released', 'dit_from_released', 'dit_to_released', 'steps_for', 'data_dir']
+           'LoopConfig', 'Stage1Config', 'Stage2Config', 'GenerationConfig', 'vae_from_released', 'vae_to_released',
+           'dit_from_released', 'dit_to_released', 'steps_for', 'data_dir']
 
 # %% ../nbs/01_config.ipynb #483e7593
 import os
@@ -284,19 +284,6 @@ class GenerationConfig:
         _require_number(self, "guidance_scale", 0.0, 100.0)
         _require_number(self, "temperature", 0.0, 100.0)
         _require_number(self, "top_p", 1e-6, 1.0)
-
-# %% ../nbs/01_config.ipynb #e72dc1b6
-@dataclass(frozen=True)
-class SpeedConfig:
-    "How generation saves work; no choice changes what is written."
-
-    one_forward: bool = True  # both guidance branches in one forward
-    merge_commit: bool = True  # a finished block enters the history with the next block's first step
-    leave: bool = True  # finished rows leave the batch
-    compile: bool = False  # compile the network
-
-    def __post_init__(self):
-        _require_flags(self)
 
 # %% ../nbs/01_config.ipynb #64de17ef
 _RELEASED_VAE = {  # facts of every released VAE config that are no choice here

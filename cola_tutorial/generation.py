@@ -15,7 +15,7 @@ from operator import index
 import torch
 from torch import Tensor
 
-from .config import GenerationConfig, SpeedConfig
+from .config import GenerationConfig
 from .flow import guide, integrate, time_grid
 from .model import ColaDLM
 from .nn.attention import KVCache
@@ -183,7 +183,6 @@ def write_blocks(
     seeds: Sequence[int],  # one for each row
     noise: Sequence[Tensor] | None = None,  # z_1 of each block, (B, block_size, d); None: drawn from the seeds, as renewed noise always is
     trace: bool = False,  # keep what happens inside each block
-    speed: SpeedConfig | None = None,  # how work is saved; None: the defaults
 ) -> Iterator[Block]:  # one after another, of all rows
     "Write block after block: noise -> latents -> words -> history."
     rows, size, width = len(seeds), model.config.dit.block_size, model.config.dit.latent_dim
@@ -224,7 +223,6 @@ def generate(
     seeds: Sequence[int] | None = None,  # one for each row; None: config.seed, config.seed + 1, ...
     noise: Sequence[Tensor] | None = None,  # z_1 of each block, (B, block_size, d); None: drawn from the seeds
     trace: bool = False,  # keep what happens inside each block
-    speed: SpeedConfig | None = None,  # how work is saved; None: the defaults
 ) -> Generation:  # texts, tokens and latents
     "Continue prompts of any lengths in one batch; raises `PromptError` and `ConfigError` for what cannot be done."
     config = config or model.generation
