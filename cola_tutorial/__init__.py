@@ -26,8 +26,11 @@ _rooms = (
     "model",
     "generation",
     "training",
+    "plain",
     "evaluation",
+    "editing",
     "verify",
+    "bench",
 )
 
 # %% ../nbs/16_package.ipynb #03a96138
@@ -43,8 +46,11 @@ if TYPE_CHECKING:
     from cola_tutorial.model import *
     from cola_tutorial.generation import *
     from cola_tutorial.training import *
+    from cola_tutorial.plain import *
     from cola_tutorial.evaluation import *
+    from cola_tutorial.editing import *
     from cola_tutorial.verify import *
+    from cola_tutorial.bench import *
 
 # %% ../nbs/16_package.ipynb #cc01df70
 def __getattr__(

@@ -46,11 +46,14 @@ FLOORS = {
     "model": 3,
     "generation": 4,
     "training": 4,
+    "plain": 5,
     "evaluation": 5,
+    "editing": 5,
     "verify": 5,
+    "bench": 6,
     "viz": 5,
-    "cli": 6,
-    "__init__": 7,
+    "cli": 7,
+    "__init__": 8,
 }
 # Pictures need extras and the command line is a program: the package's front door leads to neither.
 ROOMS = [name for name in FLOORS if name not in ("viz", "cli", "__init__")]
