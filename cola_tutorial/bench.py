@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .config import ColaConfig, ConfigError, GenerationConfig, SpeedConfig, preset
 from .generation import Block, Prompts, read_prompts, write_blocks
-from .model import ColaDLM, from_pretrained
+from .model import ColaDLM
 from .plain import NO_WASTE, Waste, ladder, write_plainly
 
 # %% ../nbs/17_bench.ipynb #ff5b94b7
@@ -137,7 +137,7 @@ def bench_model(
     seed: int = 0,  # of the weights
 ) -> ColaDLM:  # in evaluation mode, fp32
     "A model in which every weight matters: random, or from `folder`."
-    read = None if folder is None else from_pretrained(folder, device)
+    read = None if folder is None else ColaDLM.from_pretrained(folder, device)
     config = preset(size) if read is None else read.config
     if block_size is not None:
         parts = {"vae": replace(config.vae, block_size=block_size), "dit": replace(config.dit, block_size=block_size)}

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .config import ConfigError, GenerationConfig, SpeedConfig, TraceConfig
-from .dit import DiT
+from .dit import DiT, look_up
 from .flow import SOLVERS, Paint, bridge, guidance_at, guide, time_grid, walk
 from .model import ColaDLM
 from .nn.attention import Sight
@@ -127,7 +127,7 @@ class Writer:
         self.prior, self.decoder = model.dit.new_cache(len(seeds), capacity, starts), model.vae.new_cache(len(seeds), capacity, starts)
         self.given = _given_blocks(prompts, size)
         self.block, self.finished, self.seen = 0, None, None  # number of the block in work; the last one, if not yet remembered; ids written, (B, V)
-        self.sights, self.tables, self.modulations, self.captured, self.asked = {}, {}, (), {}, None  # made when first needed; velocities of the step, for a trace
+        self.sights, self.tables, self.modulations, self.shared, self.captured, self.asked = {}, {}, (), {}, {}, None  # made when needed; velocities, for a trace
         if most: self._remember(_history(prompts, most))
 
     def draw(self, make: Callable[..., Tensor], *shape: int, painting: bool = False) -> Tensor:  # (B, *shape)
@@ -172,7 +172,8 @@ def _commit(self: Writer, z: Tensor) -> None:
     "Make the clean latents `z` (B, n, d) part of the prior's history, in a forward of its own."
     n, dit = z.shape[1], self.model.dit
     sight = Sight(dit.turns(self.prior.positions(n)), self.prior.mask(n, "block_causal", dit.config.block_size), self.prior)
-    dit.denoise(z, dit.modulations(z.new_zeros(1)), torch.zeros(1, 1, dtype=torch.long, device=z.device), sight)
+    clean = look_up(dit.modulations(z.new_zeros(1)), torch.zeros(1, 1, dtype=torch.long, device=z.device))
+    dit.denoise(z, clean, sight)
     self.prior.commit(n); self.sights.clear()
 
 # %% ../nbs/09_generation.ipynb #e7f492a3
@@ -201,16 +202,17 @@ def velocity(
     t: float,  # flow time
 ) -> Tensor:  # (B, block_size, d)
     "The guided velocity of the block in work; a finished block goes along, clean, in the first forward after it."
-    config, size, row = self.config, z.shape[1], self.tables[t]
+    config, size = self.config, z.shape[1]
     scale = guidance_at(t, config.guidance_schedule) if config.guidance_schedule else config.guidance_scale
     guided = scale != 1 and self.prior.length + (self.finished is not None) > 0
     behind, alone = self.finished is not None, guided and self.speed.one_forward
     sight, noisy = self._sight(behind, alone)
-    v = self._denoise(torch.cat([self.finished] * behind + [z] * (1 + alone), 1), noisy * row, sight)
+    lanes = torch.cat([self.finished] * behind + [z] * (1 + alone), 1) if behind or alone else z
+    v = self.ask(lanes, noisy, t, sight)
     if behind:
         self.prior.commit(size); self.sights.clear(); self.finished = None
     conditional, unconditional = v[:, size * behind :][:, :size], v[:, -size:] if guided else None
-    if guided and not alone: unconditional = self._denoise(z, noisy[:, -size:] * row, Sight(self.model.dit.turns(torch.arange(size, device=z.device))))
+    if guided and not alone: unconditional = self.ask(z, noisy[:, -size:], t, Sight(self.model.dit.turns(torch.arange(size, device=z.device))))
     v = guide(unconditional, conditional, scale) if guided else conditional
     if self.block < len(self.given) and config.first_block != "repaint": v = v.masked_fill(self.given[self.block][1][..., None], 0.0)
     if self.asked is not None: self.asked.append((conditional, unconditional, v))
@@ -235,16 +237,25 @@ class _Captured:
         return self.output.clone()  # the next replay writes here
 
 
+def _denoise(dit: DiT, z: Tensor, tables: tuple[Tensor, ...], row: Tensor, sight: Sight) -> Tensor:
+    "`DiT.denoise`, the look-up included."
+    return dit.denoise(z, look_up(tables, row), sight)
+
+
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    "`DiT.denoise`, its small operations fused; compiled anew for each new shape."
-    return torch.compile(DiT.denoise, fullgraph=True, dynamic=False)
+    "`_denoise`, its small operations fused; compiled anew for each new shape."
+    return torch.compile(_denoise, fullgraph=True, dynamic=False)
 
 
 @patch
-def _denoise(self: Writer, z: Tensor, row: Tensor, sight: Sight) -> Tensor:
-    "What the prior says of `z` (B, N, d)."
-    denoise = _compiled() if self.speed.compile else DiT.denoise
+def ask(self: Writer, z: Tensor, noisy: Tensor, t: float, sight: Sight) -> Tensor:
+    "What the prior says of `z` (B, N, d), of which `noisy` (1 or B, N or 1) has time `t` and the rest is clean."
+    if not self.static:
+        if noisy.numel() > 1: return _denoise(self.model.dit, z, self.modulations, noisy * self.tables[t], sight)
+        if t not in self.shared: self.shared[t] = look_up(self.modulations, noisy * self.tables[t])  # all positions share it: once a text
+        return self.model.dit.denoise(z, self.shared[t], sight)
+    denoise, row = _compiled() if self.speed.compile else _denoise, noisy * self.tables[t]
     if not self.speed.capture or sight.cache is None: return denoise(self.model.dit, z, self.modulations, row, sight)
     inputs, key = (z, row, sight.turns, sight.mask, sight.slots), (z.shape, row.shape, sight.alone)
     if key not in self.captured:
@@ -258,7 +269,7 @@ def _tabulate(self: Writer, times: tuple[float, ...]) -> None:
     "Make the modulation tables for `times`, and say which row each time has; row 0 is t = 0."
     self.tables = {t: row for row, t in enumerate(dict.fromkeys((0.0, *times)))}
     self.modulations = self.model.dit.modulations(torch.tensor(list(self.tables), device=self.model.device))
-    self.captured.clear()
+    self.captured.clear(); self.shared.clear()
 
 
 @patch

@@ -75,8 +75,8 @@ class TextBlock(nn.Module):
         if c.clip_qkv is not None: q, k, v = (part.clamp(-c.clip_qkv, c.clip_qkv) for part in (q, k, v))
         q, k, v = (rearrange(part, "b n (h e) -> b h n e", h=c.num_heads) for part in (self.q_norm(q), self.k_norm(k), v))
         q, k = rotate_halves(q, sight.turns), rotate_halves(k, sight.turns)
-        out = sight.attend(layer, q, k, v, c.attn_dropout if self.training else 0.0)  # (B, H, N, E)
-        return F.dropout(self.attn_out_proj(rearrange(out, "b h n e -> b n (h e)")), c.dropout, self.training)
+        out = sight.attend(layer, q, k, v, c.attn_dropout if self.training else 0.0)  # (B, N, dim)
+        return F.dropout(self.attn_out_proj(out), c.dropout, self.training)
 
     def feed_forward(self, x: Tensor) -> Tensor:  # (B, N, dim)
         "Feed-forward of `x` (B, N, dim); with SwiGLU the second half of ffn_proj is the gate."

@@ -163,7 +163,8 @@ def test_the_last_positions_may_stand_alone(blocks, size, remembers):
         cache.commit(blocks * size)
     else:
         old_k, old_v = old_k[:, :, :0], old_v[:, :, :0]
-    out = Sight(rotary_turns(torch.arange(2 * size), 4), cache=cache, alone=size).attend(0, q, k, v)
+    out = Sight(rotary_turns(torch.arange(2 * size), 4), cache=cache, alone=size).attend(0, q, k, v)  # (B, N, H * D), one head
+    out = out[:, None]
     first = attend(q[:, :, :size], torch.cat([old_k, k[:, :, :size]], 2), torch.cat([old_v, v[:, :, :size]], 2))
     torch.testing.assert_close(out[:, :, :size], first)
     torch.testing.assert_close(out[:, :, size:], attend(q[:, :, size:], k[:, :, size:], v[:, :, size:]))

@@ -26,12 +26,11 @@ from cola_tutorial.bench import (
 )
 from cola_tutorial.config import ConfigError, SpeedConfig, preset
 from cola_tutorial.generation import read_prompts, write_blocks
-from cola_tutorial.model import save_pretrained
 from cola_tutorial.plain import NO_WASTE, SAVINGS, Waste, ladder, write_plainly
 
 CPU = torch.device("cpu")
 QUICK = BenchConfig(batches=(1, 2), prompt_tokens=6, new_tokens=7, steps=2, guidance_scale=2.0, repeats=2)
-NAMES = ["straightforward", *SAVINGS.values(), "the package's, nothing saved", "+ one_forward", "+ merge_commit", "+ leave"]
+NAMES = ["straightforward", *SAVINGS.values(), "the package's, nothing saved", "+ one_forward", "+ merge_commit"]
 
 
 def counted(call):
@@ -84,7 +83,7 @@ def test_a_benchmark_model_feels_every_weight_and_is_the_same_each_time():
 
 def test_a_model_is_read_and_its_block_changed(tmp_path):
     saved = small()
-    save_pretrained(saved, tmp_path / "model")
+    saved.save_pretrained(tmp_path / "model")
     model = bench_model(folder=tmp_path / "model", block_size=2)
     assert model.config.vae.block_size == model.config.dit.block_size == 2
     for name, weight in saved.state_dict().items():
@@ -226,7 +225,7 @@ def test_the_command_names_mistakes_in_one_line(args, words, tmp_path):
 
 
 def test_the_command_measures_a_model_against_an_adapter(tmp_path):
-    save_pretrained(small(), tmp_path / "model")
+    small().save_pretrained(tmp_path / "model")
     (tmp_path / "borrowed.py").write_text(
         "import torch\nfrom cola_tutorial.generation import write_blocks\n"
         "def make(model, device, dtype):\n"

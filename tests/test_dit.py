@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cola_tutorial.config import ConfigError, DiTConfig
-from cola_tutorial.dit import DiT, time_waves
+from cola_tutorial.dit import DiT, look_up, time_waves
 from cola_tutorial.nn.attention import Sight, attention_mask
 
 SIZE, WIDTH = 3, 4
@@ -126,9 +126,9 @@ def test_modulations_looked_up_are_modulations_computed(dit):
     times = torch.tensor([0.0, 0.25, 1.0])
     row = torch.randint(0, 3, (2, 2 * SIZE), generator=torch.Generator().manual_seed(0))
     sight = Sight(dit.turns(torch.arange(2 * SIZE)), attention_mask("block_causal", 2 * SIZE, SIZE))
-    looked_up = dit.denoise(z, dit.modulations(times), row, sight)
+    looked_up = dit.denoise(z, look_up(dit.modulations(times), row), sight)
     torch.testing.assert_close(looked_up, dit(z, times[row]), atol=1e-5, rtol=1e-5)
-    shared = dit.denoise(z, dit.modulations(times), torch.tensor([[2], [1]]), sight)
+    shared = dit.denoise(z, look_up(dit.modulations(times), torch.tensor([[2], [1]])), sight)
     torch.testing.assert_close(shared, dit(z, times[[2, 1]][:, None].expand(2, 2 * SIZE)), atol=1e-5, rtol=1e-5)
 
 

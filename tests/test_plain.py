@@ -11,7 +11,7 @@ from test_generation import PLAIN, SIZE, prompt, small
 
 from cola_tutorial.config import ConfigError
 from cola_tutorial.generation import read_prompts, write_blocks
-from cola_tutorial.model import from_pretrained
+from cola_tutorial.model import ColaDLM
 from cola_tutorial.plain import NO_WASTE, SAVINGS, Tally, Waste, ladder, write_plainly
 
 # All of it, none of it, each item alone, and each item left out.
@@ -63,7 +63,7 @@ def test_texts_from_nothing_have_no_history(waste):
 @pytest.mark.parametrize("waste", [waste for _, waste in ladder()], ids=[words for words, _ in ladder()])
 @pytest.mark.parametrize("name", ["tiny", "tiny_patch2"])
 def test_the_released_numerics_are_met(name, waste):
-    model, path = from_pretrained(FIXTURES / name), FIXTURES / name / "reference.safetensors"
+    model, path = ColaDLM.from_pretrained(FIXTURES / name), FIXTURES / name / "reference.safetensors"
     reference = load_file(path)
     with safe_open(path, framework="pt") as file:
         told = file.metadata()

@@ -39,12 +39,20 @@ def rotary_turns(
     return torch.polar(torch.ones_like(angles), angles)
 
 
+def _turn(a: Tensor, b: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+    "Real and imaginary part of (a + ib) * turns, in real arithmetic, which a compiler can fuse with its neighbours."
+    cos, sin = torch.view_as_real(turns)[..., None, :, :, :].unbind(-1)
+    return a * cos - b * sin, a * sin + b * cos
+
+
 def rotate_halves(
     x: Tensor,  # queries or keys, (B, H, N, D)
     turns: Tensor,  # (N, D/2) or (B, N, D/2) complex
 ) -> Tensor:  # rotated, (B, H, N, D), dtype of x
     "Rotate channel j with channel j + D/2 (the VAE's convention), in fp32."
-    turned = torch.complex(*x.float().chunk(2, dim=-1)) * turns[..., None, :, :]  # (B, H, N, D/2)
+    first, second = x.float().chunk(2, dim=-1)
+    if torch.compiler.is_compiling(): return torch.cat(_turn(first, second, turns), dim=-1).to(x.dtype)
+    turned = torch.complex(first, second) * turns[..., None, :, :]  # (B, H, N, D/2)
     return torch.cat([turned.real, turned.imag], dim=-1).to(x.dtype)
 
 
@@ -53,8 +61,9 @@ def rotate_pairs(
     turns: Tensor,  # (N, D/2) or (B, N, D/2) complex
 ) -> Tensor:  # rotated, (B, H, N, D), dtype of x
     "Rotate neighbouring channels 2j and 2j+1 (the DiT's convention), in fp32."
-    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turns[..., None, :, :]  # (B, H, N, D/2)
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    pairs = x.float().view(*x.shape[:-1], -1, 2)  # (B, H, N, D/2, 2)
+    if torch.compiler.is_compiling(): return torch.stack(_turn(*pairs.unbind(-1), turns), dim=-1).flatten(-2).to(x.dtype)
+    return torch.view_as_real(torch.view_as_complex(pairs) * turns[..., None, :, :]).flatten(-2).to(x.dtype)
 
 # %% ../../nbs/04_attention.ipynb #496a246a
 def attention_mask(
@@ -173,9 +182,12 @@ class Sight:
         k: Tensor,  # rotated keys, (B, H, N, D)
         v: Tensor,  # values, (B, H, N, D)
         dropout: float = 0.0,  # share of attention weights dropped
-    ) -> Tensor:  # (B, H, N, D)
-        "Attention of N positions over what each may see."
-        (q, own_q), (k, own_k), (v, own_v) = (part.split([part.shape[2] - self.alone, self.alone], 2) for part in (q, k, v))
+    ) -> Tensor:  # (B, N, H * D)
+        "Attention of N positions over what each may see, heads side by side."
+        n = q.shape[2] - self.alone
+        own_q, own_k, own_v = q[:, :, n:], k[:, :, n:], v[:, :, n:]
+        if self.alone: q, k, v = q[:, :, :n], k[:, :, :n], v[:, :, :n]
         if self.cache is not None: k, v = self.cache.write(layer, k, v, self.slots)
-        seen = attend(q, k, v, self.mask, dropout)
-        return torch.cat([seen, attend(own_q, own_k, own_v, None, dropout)], 2) if self.alone else seen
+        seen = attend(q, k, v, self.mask, dropout).transpose(1, 2)  # (B, N, H, D)
+        if self.alone: seen = torch.cat([seen, attend(own_q, own_k, own_v, None, dropout).transpose(1, 2)], 1)
+        return seen.flatten(2)
