@@ -44,7 +44,8 @@ def named_errors(
         print(f"{command}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
-        print(f"\n{command}: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        more = "; the same command goes on from the last checkpoint" if command == "cola-train" else ""
+        print(f"\n{command}: stopped{more}", file=sys.stderr)
         raise SystemExit(130) from error
 
 
@@ -157,12 +158,14 @@ def generate(
         _refuse_empty("prompt 0")
         loaded = ColaDLM.from_pretrained(model or shipped_model(), _device(device))
         given = {"max_new_tokens": max_new_tokens, "steps": steps, "solver": solver, "renew_below": renew_below, "guidance_scale": guidance_scale}
-        given |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "stop": stop, "seed": seed}
+        given |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty}
+        given |= {"stop": stop, "seed": seed}
         config = replace(loaded.generation, **{name: value for name, value in given.items() if value is not None})
         for setting in set or []: config = change(config, setting)
         prompts = [p for p in prompt for _ in range(n)] or n
         if stream:
-            if len(prompt) > 1 or n > 1: raise ConfigError(f"stream shows one text, but {max(len(prompt), 1) * n} are asked for: give one prompt and leave n at 1")
+            asked = max(len(prompt), 1) * n
+            if asked > 1: raise ConfigError(f"stream shows one text, but {asked} are asked for: give one prompt and leave n at 1")
             shown = "".join(prompt)
             print(shown, end="", flush=True)
             for piece in write_pieces(loaded, prompts, config):
@@ -189,6 +192,7 @@ def evaluate(
     "Story scores of a model, with 95% intervals and what chance gives."
     with named_errors("cola-evaluate"):
         loaded = ColaDLM.from_pretrained(model or shipped_model(), _device(device))
+        if (group and not study) or (json and study): raise ConfigError("group belongs to study, and json does not: give --study FILE, and one of them")
         if study:
             scores = run_study(loaded, n, seed, group or ())
             for name, ways in scores.items():

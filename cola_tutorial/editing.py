@@ -7,6 +7,8 @@ __all__ = ['Edit', 'rewrite_span', 'shake_block', 'interpolate']
 
 # %% ../nbs/09f_editing.ipynb #16f401d8
 import math
+import sys
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .config import ConfigError, GenerationConfig, SpeedConfig
-from .generation import PromptError, Prompts, Writer, prompt_tokens, read_prompts
+from .generation import PromptError, Prompts, Writer, in_blocks_of, prompt_tokens, read_prompts
 from .model import ColaDLM
 
 # %% ../nbs/09f_editing.ipynb #0b7073fe
@@ -27,9 +29,26 @@ class Edit:
     latents: Tensor  # of the blocks that were written, (B, blocks * block_size, d)
 
 
-def _one_text(model: ColaDLM, text: str | Sequence[int], config: GenerationConfig) -> list[int]:
-    "Token ids of the one text to be edited."
-    return prompt_tokens(model, [text], config.max_length + 1)[0]
+def _tokens_of(model: ColaDLM, texts: Sequence[str | Sequence[int]], max_length: int) -> list[list[int]]:
+    "Token ids of the texts to be edited; unlike a prompt, one may fill all of `max_length`."
+    rows = prompt_tokens(model, texts, sys.maxsize)
+    if bad := [ids for ids in rows if len(ids) > max_length]:
+        raise PromptError(f"prompt {rows.index(bad[0])} has {len(bad[0])} tokens, but max_length is {max_length}: shorten it, or raise max_length")
+    return rows
+
+
+def _copies(read: Prompts, known: Tensor, whole: int, seeds: Sequence[int]) -> Prompts:
+    "The one text of `read` as a row for each seed: `whole` latents are history, and what is `known` (1, N) beyond stays."
+    bad = [s for s in seeds if not hasattr(s, "__index__") or not 0 <= s < 2**63]
+    if bad or not len(seeds): raise PromptError(f"seeds are {list(seeds)}, but must be whole numbers from 0 to 2**63 - 1, at least one")
+    rows = len(seeds)
+    return Prompts(read.tokens * rows, read.latents.expand(rows, -1, -1), known.expand(rows, -1), [whole] * rows)
+
+
+def _written(writer: Writer, starts: Sequence[tuple]) -> tuple[Tensor, Tensor]:  # tokens (B, K), latents (B, N, d)
+    "One block after another, each walked from one of `starts`, the arguments of `Writer.steps`."
+    blocks = [writer.finish(deque(writer.steps(*start), 1)[0][2]) for start in starts]
+    return torch.cat([block.tokens for block in blocks], 1), torch.cat([block.latents for block in blocks], 1)
 
 
 def _edited(model: ColaDLM, tokens: list[int], before: int, written: Tensor, keep: Tensor, latents: Tensor) -> Edit:
@@ -39,34 +58,30 @@ def _edited(model: ColaDLM, tokens: list[int], before: int, written: Tensor, kee
     rows = [tokens[:before] + ids + tokens[before + len(ids) :] for ids in new]
     return Edit([model.tokenizer.decode(ids, skip_special_tokens=True) if model.tokenizer else "" for ids in rows], rows, latents)
 
-
+# %% ../nbs/09f_editing.ipynb #70a0f013
 @torch.no_grad()
 def rewrite_span(
     model: ColaDLM,  # in evaluation mode
     text: str | Sequence[int],  # one text, or its token ids
     start: int,  # first token of the span
     stop: int,  # token after its last
-    config: GenerationConfig | None = None,  # None: the model's own settings
+    config: GenerationConfig | None = None,  # None: the model's own settings; the first block is always clean
     seeds: Sequence[int] = (0,),  # one for each version
     speed: SpeedConfig | None = None,  # how it is computed
 ) -> Edit:  # one text for each seed
     "Write tokens start..stop-1 again and leave all others; raises `PromptError` for a span that is not in the text."
-    config, patch = config or model.generation, model.config.vae.patch_size
-    tokens = _one_text(model, text, config)
-    if not 0 <= start < stop <= len(tokens): raise PromptError(f"the span {start}..{stop} is not in the text of {len(tokens)} tokens: give 0 <= start < stop <= {len(tokens)}")
-    read, size = read_prompts(model, [tokens]), model.config.dit.block_size
-    known = read.known.clone()
-    known[:, start // patch : math.ceil(stop / patch)] = False  # a latent that holds any token of the span is written again
-    whole, last = start // patch // size * size, math.ceil(math.ceil(stop / patch) / size)
-    prompts = Prompts([tokens] * len(seeds), read.latents.expand(len(seeds), -1, -1), known.expand(len(seeds), -1), [whole] * len(seeds))
-    writer = Writer(model, prompts, replace(config, first_block="clean"), last - whole // size, seeds, speed=speed)
-    blocks = []
-    for _ in range(last - whole // size):
-        for _, _, z in writer.steps(): pass
-        blocks.append(writer.finish(z))
-    place = torch.arange(whole * patch, last * size * patch, device=model.device)
-    latents = torch.cat([block.latents for block in blocks], 1)
-    return _edited(model, tokens, whole * patch, torch.cat([block.tokens for block in blocks], 1), (place < start) | (place >= stop), latents)
+    config = replace(config or model.generation, first_block="clean")
+    if config.block_size: model = in_blocks_of(model, config.block_size)
+    patch, size, tokens = model.config.vae.patch_size, model.config.dit.block_size, _tokens_of(model, [text], config.max_length)[0]
+    if not 0 <= start < stop <= len(tokens):
+        raise PromptError(f"the span {start}..{stop} is not in the text of {len(tokens)} tokens: give 0 <= start < stop <= {len(tokens)}")
+    first, last = start // patch, math.ceil(stop / patch)  # a latent that holds any token of the span is written again
+    whole, blocks = first // size * size, math.ceil(last / size) - first // size
+    read = read_prompts(model, [tokens])
+    read.known[:, first:last] = False
+    written, latents = _written(Writer(model, _copies(read, read.known, whole, seeds), config, blocks, seeds, speed=speed), [()] * blocks)
+    place = torch.arange(written.shape[1], device=model.device) + whole * patch
+    return _edited(model, tokens, whole * patch, written, (place < start) | (place >= stop), latents)
 
 # %% ../nbs/09f_editing.ipynb #07b61bcb
 @torch.no_grad()
@@ -81,21 +96,19 @@ def shake_block(
     speed: SpeedConfig | None = None,  # how it is computed
 ) -> Edit:  # one text for each seed
     "Send a block back to time `t` and walk on from there; raises `PromptError` and `ConfigError` for what is not there."
-    config, patch, size = config or model.generation, model.config.vae.patch_size, model.config.dit.block_size
     if not 0 < t <= 1: raise ConfigError(f"t is {t!r}, but must be a flow time in (0, 1]")
-    tokens = _one_text(model, text, config)
-    last = math.ceil(len(tokens) / (patch * size))
-    if not (0 <= block and 1 <= blocks and block + blocks <= last): raise PromptError(f"blocks {block}..{block + blocks} are not in the text of {last} blocks")
+    config = config or model.generation
+    if config.block_size: model = in_blocks_of(model, config.block_size)
+    size, per_block, tokens = model.config.dit.block_size, model.config.tokens_per_block, _tokens_of(model, [text], config.max_length)[0]
+    last = math.ceil(len(tokens) / per_block)
+    if not (0 <= block and 1 <= blocks and block + blocks <= last):
+        raise PromptError(f"{blocks} blocks from block {block} on are not in the text of {last}: give block >= 0, blocks >= 1, block + blocks <= {last}")
     read = read_prompts(model, [tokens])
-    known = torch.arange(read.latents.shape[1], device=model.device)[None] < block * size
-    prompts = Prompts([tokens] * len(seeds), read.latents.expand(len(seeds), -1, -1), known.expand(len(seeds), -1), [block * size] * len(seeds))
-    writer, done = Writer(model, prompts, config, blocks, seeds, speed=speed), []
-    for number in range(block, block + blocks):
-        around = prompts.latents[:, number * size :][:, :size] if t < 1 else None
-        for _, _, z in writer.steps(t, around): pass
-        done.append(writer.finish(z))
-    written, latents = torch.cat([part.tokens for part in done], 1), torch.cat([part.latents for part in done], 1)
-    return _edited(model, tokens, block * size * patch, written, torch.zeros(written.shape[1], dtype=torch.bool, device=model.device), latents)
+    before = torch.arange(read.latents.shape[1], device=model.device)[None] < block * size
+    prompts = _copies(read, before, block * size, seeds)
+    starts = [(t, old) for old in prompts.latents[:, block * size :].split(size, 1)[:blocks]]
+    written, latents = _written(Writer(model, prompts, config, blocks, seeds, speed=speed), starts)
+    return _edited(model, tokens, block * per_block, written, torch.zeros_like(written[0], dtype=torch.bool), latents)
 
 # %% ../nbs/09f_editing.ipynb #002010a0
 @torch.no_grad()
@@ -108,11 +121,10 @@ def interpolate(
     "Decode (1 - s) z_first + s z_second for each share s; the shorter text is filled up with end tokens."
     bad = [s for s in shares if not 0 <= s <= 1]
     if bad or not len(shares): raise ConfigError(f"shares are {list(shares)}, but must be numbers in [0, 1], at least one")
-    rows = [_one_text(model, text, model.generation) for text in (first, second)]
-    longest, block = max(map(len, rows)), model.config.tokens_per_block
-    rows = [ids + [model.config.end_id] * (math.ceil(longest / block) * block - len(ids)) for ids in rows]
-    a, b = read_prompts(model, rows).latents
-    s = torch.tensor(list(shares), device=model.device)[:, None, None]
+    rows, block, end = _tokens_of(model, [first, second], model.generation.max_length), model.config.tokens_per_block, model.config.end_id
+    length = math.ceil(max(map(len, rows)) / block) * block
+    a, b = read_prompts(model, [ids + [end] * (length - len(ids)) for ids in rows]).latents
+    s = torch.tensor(list(shares), device=a.device, dtype=a.dtype)[:, None, None]
     z = (1 - s) * a + s * b  # (B, N, d)
-    ids = [row[: row.index(model.config.end_id)] if model.config.end_id in row else row for row in model.vae.decode(z).argmax(-1).tolist()]
+    ids = [row[: row.index(end)] if end in row else row for row in model.vae.decode(z).argmax(-1).tolist()]
     return Edit([model.tokenizer.decode(row, skip_special_tokens=True) if model.tokenizer else "" for row in ids], ids, z)

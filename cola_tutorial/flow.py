@@ -146,9 +146,12 @@ def walk(
         yield step, t_next, z
 
 
-def integrate(*args, **options) -> Tensor:  # z_0, shaped like z
-    "The last place of a `walk`, which takes the same arguments."
-    for _, _, z in walk(*args, **options): pass
+def integrate(
+    *args,  # as in `walk`
+    **options,  # as in `walk`
+) -> Tensor:  # z_0, shaped like z
+    "The last place of a walk."
+    *_, (_, _, z) = walk(*args, **options)
     return z
 
 # %% ../nbs/06_flow.ipynb #001e5e67

@@ -234,7 +234,8 @@ def write_plainly(
     tally: Tally | None = None,  # is added to
 ) -> Iterator[Block]:  # the same as from `write_blocks`
     "Write block after block by the shortest code, or with less waste; raises `ConfigError` for a setting that this sampler does not have."
-    for name, only in (("solver", "euler"), ("renew_below", 0.0), ("temperature", 0.0)):
+    alone = {"solver": "euler", "time_shift": 1.0, "times": (), "renew_below": 0.0, "guidance_schedule": (), "first_block": "clean"}
+    for name, only in (alone | {"temperature": 0.0, "repetition_penalty": 1.0, "block_size": None}).items():
         if getattr(config, name) != only: raise ConfigError(f"{name} is {getattr(config, name)!r}, but the plain sampler has {only!r} alone")
     size, width, most, steps = model.config.dit.block_size, model.config.dit.latent_dim, max(prompts.whole), config.steps
     sampler = _Sampler(model, prompts.whole, blocks, steps, waste, tally or Tally())

@@ -70,6 +70,11 @@ def test_evaluate_ends_with_one_json_object(tmp_path):
         ("train", ["--tokenizer", "list.json", "good.txt"], "list.json: not a tokenizer"),
         ("generate", [""], "prompt 0 is empty"),
         ("generate", ["--seed", "99999999999999999999", "Tom"], "seed is 99999999999999999999"),
+        ("generate", ["--solver", "rk5", "Tom"], "solver is 'rk5'"),
+        ("generate", ["--set", "times=[1,2]", "Tom"], "times is (1, 2)"),
+        ("generate", ["--stream", "Tom", "Nora"], "stream shows one text, but 2"),
+        ("evaluate", ["--group", "guidance"], "group belongs to study"),
+        ("evaluate", ["--study", "study.json", "--group", "taste"], "group 'taste' is not in the study"),
         ("verify", [], "cola-verify CHECKPOINT REFERENCE"),
         ("verify", ["folder", "nowhere.safetensors"], "nowhere.safetensors is missing"),
         ("verify", ["folder", "list.json"], "list.json is damaged, or no safetensors file"),
@@ -98,3 +103,20 @@ def test_train_then_generate_on_a_text_file(tmp_path):
     assert other.returncode == 2 and "another run" in other.stderr
     written = run("generate", "The small ships", "--model", "run/model", "--n", 2, cwd=tmp_path)
     assert written.returncode == 0 and written.stdout.count("The small ships") >= 2, written.stderr
+
+
+def test_a_streamed_text_is_the_text(tmp_path):
+    options = ["--stop", "lantern", "--set", "guidance_schedule=[[1,2],[0,1]]", "--repetition-penalty", 1.1, "--max-new-tokens", 40]
+    prompt = "Near the bakery lived Nora and her grandfather."
+    whole, streamed = (run("generate", prompt, *options, *more, cwd=tmp_path) for more in ([], ["--stream"]))
+    assert whole.returncode == streamed.returncode == 0, whole.stderr + streamed.stderr
+    assert streamed.stdout.strip() == whole.stdout.strip() and len(whole.stdout) > len(prompt) + 20 and "lantern" not in whole.stdout
+
+
+def test_a_study_is_written_as_one_json_file(tmp_path):
+    done = run("evaluate", "--n", 2, "--study", "study.json", "--group", "schedule", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "study.json").read_text())
+    assert (result["n"], result["seed"]) == (2, 7) and set(result["groups"]) == {"schedule"}
+    for scores in result["groups"]["schedule"].values():
+        assert {"value", "low", "high", "n"} <= set(scores["parses"]) and scores["consistent"]["n"] == 2

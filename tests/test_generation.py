@@ -7,6 +7,7 @@ import math
 import weakref
 from dataclasses import fields, replace
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -375,6 +376,20 @@ def test_a_prompt_that_cannot_be_continued_is_named(prompts, message):
         generate(small(), prompts, PLAIN)
 
 
+@pytest.mark.parametrize("seeds", [[1.5], ["1"], [-1], [2**63], [torch.tensor(1.5)], [None]])
+def test_a_seed_that_is_none_is_named(seeds):
+    with pytest.raises(PromptError, match="^seed"):
+        generate(endless(), [prompt(3)], PLAIN, seeds)
+
+
+def test_seeds_of_any_whole_kind_and_their_upper_half_count():
+    model = endless()
+    wanted = generate(model, [prompt(3)], PLAIN, [7]).latents[0]
+    for seeds in ([numpy.int64(7)], torch.tensor([7]), range(7, 8)):
+        assert torch.equal(generate(model, [prompt(3)], PLAIN, seeds).latents[0], wanted)
+    assert not torch.equal(generate(model, [prompt(3)], PLAIN, [7 + 2**32]).latents[0], wanted)
+
+
 def test_the_wrong_number_of_seeds_is_named():
     with pytest.raises(PromptError, match="1 seeds for 2 prompts"):
         generate(small(), 2, PLAIN, seeds=[1])
@@ -539,6 +554,8 @@ def test_a_stop_string_cuts_the_text_wherever_its_blocks_end():
         assert found.texts[0] == free.texts[0][: free.texts[0].index(stop)] and found.reasons == ["stop"]
         assert found.tokens[0] == free.tokens[0][: len(found.tokens[0])]
         assert free.texts[0].startswith(model.tokenizer.decode(found.tokens[0])) or "\ufffd" in model.tokenizer.decode(found.tokens[0])
+        shown = [piece.texts[0] for piece in stream(model, ["the tiger"], replace(config, stop=(stop, "never written")))]
+        assert shown[-1] == found.texts[0] and all(found.texts[0].startswith(text) for text in shown if "\ufffd" not in text)  # nothing is taken back
     with pytest.raises(ConfigError, match="stop strings need a tokenizer"):
         generate(endless(), [prompt(3)], replace(PLAIN, stop=("a",)))
 
@@ -560,7 +577,8 @@ def test_repaint_is_the_walk_with_the_known_latents_painted_in():
     config = replace(PLAIN, first_block="repaint", steps=steps, repaint_repeats=repeats, repaint_fraction=fraction, num_blocks=1, guidance_scale=2.0)
     found = generate(model, [ids], config, [11]).latents[0][None]
     latents = model.vae.to_latents(model.vae.encode(torch.tensor([ids + [0, 0]])).mean)
-    known, generator = latents[:, 4:6], torch.Generator().manual_seed(11 ^ 2**62)
+    known, generator = latents[:, 4:6], generation._source(11, painting=True)
+    assert not torch.equal(torch.randn(4, generator=generation._source(11)), torch.randn(4, generator=generation._source(11, painting=True)))
     z = torch.randn(SIZE, 4, generator=torch.Generator().manual_seed(11))[None]
     for step in range(steps):
         t, end = 1 - step / steps, 1 - (step + 1) / steps
@@ -703,4 +721,14 @@ def test_streaming_leaves_the_event_loop_free_and_can_be_cancelled():
         return found
 
     assert len(asyncio.run(cancelled())) < len(wanted)
+
+    async def cancelled_twice():
+        task = asyncio.create_task(collect(found := []))
+        while not found: await asyncio.sleep(0)
+        for _ in range(2):
+            task.cancel()
+            await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError): await task
+
+    asyncio.run(cancelled_twice())
     assert generate(model, [prompt(3)], config).tokens[0] == wanted[-1].tokens[0]

@@ -570,3 +570,23 @@ def test_a_file_or_folder_appears_whole_or_not_at_all(tmp_path):
     with whole_file(tmp_path / "log") as part:
         part.write_text("new")
     assert (tmp_path / "log").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_download_may_hold_both_halves_one_folder_further_down(tmp_path):
+    tokenizer = train_tokenizer(["the tiger and the forest"], 270)
+    model = ColaDLM(preset("tiny", vocab_size=270), tokenizer).eval()
+    model.save_pretrained(tmp_path / "all" / "cola_dlm")
+    (tmp_path / "all" / "cola_dlm" / "tokenizer.json").rename(tmp_path / "all" / "tokenizer.json")
+    again = ColaDLM.from_pretrained(tmp_path / "all")
+    assert again.tokenizer.to_str() == tokenizer.to_str()
+    for name, weight in model.state_dict().items(): assert torch.equal(weight, again.state_dict()[name])
+
+
+def test_rotary_speeds_are_stored_in_full_whatever_the_weights_are(tmp_path):
+    model = ColaDLM(preset("tiny", vocab_size=270))
+    wanted = 10_000.0 ** (-torch.arange(0, 24, 2) / 24)
+    for number, (dtype, stored) in enumerate([(torch.bfloat16, None), (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]):
+        model.to(dtype).save_pretrained(tmp_path / str(number), dtype=stored)
+        weights = load_file(tmp_path / str(number) / "cola_dit" / "model.safetensors")
+        torch.testing.assert_close(weights["blocks.0.msa.rope.rope.freqs"], wanted)
+        assert weights["txt_in.proj.weight"].dtype == (stored or dtype)

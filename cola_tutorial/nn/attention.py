@@ -130,7 +130,7 @@ class KVCache:
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:  # keys and values, (B, H, M, D) each
         "Put `k`, `v` (B, H, n, D) behind the history and return all that is filled; with `slots` (n,) put them there and return all there is."
         keys, values = self.memory[layer]
-        if slots is not None: return keys.index_copy_(2, slots, k), values.index_copy_(2, slots, v)
+        if slots is not None: return keys.index_copy_(2, slots, k.to(keys.dtype)), values.index_copy_(2, slots, v.to(values.dtype))
         end = self.length + k.shape[2]
         if end > keys.shape[2]: raise ConfigError(f"the cache holds {keys.shape[2]} positions, but {end} are needed: make it larger")
         keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
