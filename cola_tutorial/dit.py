@@ -56,6 +56,13 @@ class RotarySpeeds(nn.Module):
         super().__init__()
         self.register_buffer("freqs", rotary_angles(torch.ones(1), rope_dim)[0])
 
+    def _apply(self, fn, recurse: bool = True) -> "RotarySpeeds":
+        "Go with the model to another device, but stay fp32."
+        exact = self.freqs
+        super()._apply(fn, recurse)
+        if self.freqs.dtype != exact.dtype: self.freqs = exact.to(self.freqs.device)
+        return self
+
 
 class SelfAttention(nn.Module):
     "Multi-head attention over latents, with per-head LayerNorm of queries and keys."

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .config import ConfigError, GenerationConfig, SpeedConfig
-from .generation import PromptError, Prompts, Writer, in_blocks_of, prompt_tokens, read_prompts
+from .generation import PromptError, Prompts, Writer, in_blocks_of, prompt_tokens, read_prompts, whole_seeds
 from .model import ColaDLM
 
 # %% ../nbs/09f_editing.ipynb #0b7073fe
@@ -39,9 +39,8 @@ def _tokens_of(model: ColaDLM, texts: Sequence[str | Sequence[int]], max_length:
 
 def _copies(read: Prompts, known: Tensor, whole: int, seeds: Sequence[int]) -> Prompts:
     "The one text of `read` as a row for each seed: `whole` latents are history, and what is `known` (1, N) beyond stays."
-    bad = [s for s in seeds if not hasattr(s, "__index__") or not 0 <= s < 2**63]
-    if bad or not len(seeds): raise PromptError(f"seeds are {list(seeds)}, but must be whole numbers from 0 to 2**63 - 1, at least one")
-    rows = len(seeds)
+    rows = len(whole_seeds(seeds))
+    if not rows: raise PromptError("there are no seeds: give one for each version")
     return Prompts(read.tokens * rows, read.latents.expand(rows, -1, -1), known.expand(rows, -1), [whole] * rows)
 
 

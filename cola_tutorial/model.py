@@ -35,8 +35,7 @@ from cola_tutorial.config import (
     vae_from_released,
     vae_to_released,
 )
-from .dit import DiT, RotarySpeeds
-from .nn.attention import rotary_angles
+from .dit import DiT
 from .text.corpus import load_tokenizer, needed_vocabulary, special_ids
 from .vae import TextVAE
 
@@ -139,10 +138,13 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def _weights(part: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:  # name -> tensor on the CPU
-    "What is to be stored of `part`; rotary speeds are always fp32, since 16 bits would turn far positions astray."
-    plain = {name: value.detach().to("cpu", dtype).contiguous() for name, value in part.state_dict().items()}
-    speeds = {name: module.freqs.shape[0] for name, module in part.named_modules() if isinstance(module, RotarySpeeds)}
-    return plain | {f"{name}.freqs": rotary_angles(torch.ones(1), 2 * count)[0] for name, count in speeds.items()}
+    "What is to be stored of `part`."
+    return {name: value.detach().to("cpu", _stored_type(name, value, dtype)).contiguous() for name, value in part.state_dict().items()}
+
+
+def _stored_type(name: str, value: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    "The type asked for, but for rotary speeds, which 16 bits would make wrong far from the start."
+    return value.dtype if dtype is None or name.endswith(".rope.freqs") else dtype
 
 
 def _require_float(dtype: torch.dtype) -> None:
@@ -316,5 +318,5 @@ def from_pretrained(
     for place, name in places.items():
         part = model.get_submodule(name)
         stored = stored_weights(folder / place / "model.safetensors", part.state_dict())
-        part.load_state_dict({name: value.to(device, dtype, copy=True) for name, value in stored}, assign=True)
+        part.load_state_dict({name: value.to(device, _stored_type(name, value, dtype), copy=True) for name, value in stored}, assign=True)
     return model.eval()
