@@ -402,7 +402,8 @@ def test_a_hub_name_fetches_exactly_the_files_that_are_read(folder, monkeypatch)
     assert same_weights(ColaDLM.from_pretrained("someone/cola-small", revision="v2"), small())
     ((name, more),) = asked
     assert name == "someone/cola-small" and more.pop("revision") == "v2"
-    wanted = {f"{part}{file}" for part in ("", "cola_vae/", "cola_dit/", "cola_dlm/cola_vae/", "cola_dlm/cola_dit/") for file in ("config.json", "model.safetensors")}
+    parts = ("", "cola_vae/", "cola_dit/", "cola_dlm/cola_vae/", "cola_dlm/cola_dit/")
+    wanted = {f"{part}{file}" for part in parts for file in ("config.json", "model.safetensors")}
     assert {*more.pop("allow_patterns")} == wanted | {"tokenizer.json", "generation.json"} and not more
 
 
