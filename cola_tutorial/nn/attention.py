@@ -129,7 +129,7 @@ class KVCache:
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:  # keys and values, (B, H, M, D) each
         "Put `k`, `v` (B, H, n, D) behind the history and return all that is filled; with `slots` (n,) put them there and return all there is."
-        keys, values = self.memory[layer]
+        keys, values = self.memory[layer, 0], self.memory[layer, 1]
         if slots is not None: return keys.index_copy_(2, slots, k.to(keys.dtype)), values.index_copy_(2, slots, v.to(values.dtype))
         end = self.length + k.shape[2]
         if end > keys.shape[2]: raise ConfigError(f"the cache holds {keys.shape[2]} positions, but {end} are needed: make it larger")
