@@ -234,6 +234,7 @@ class BenchConfig:
     repeats: int = 20  # turns
     dtype: str = "fp32"  # bf16: the package's sampler with 16-bit weights too
     compile: bool = False  # the package's sampler compiled too
+    capture: bool = False  # the package's sampler replayed as CUDA graphs too
     seed: int = 0  # of prompts and noise
 
     def __post_init__(self):
@@ -262,7 +263,10 @@ def candidates(
     own = copy.deepcopy(model).to(DTYPES[config.dtype])
     last = dict(waste=waste, dtype=config.dtype, exact=config.dtype == "fp32")
     if config.dtype != "fp32": out.append(Candidate(f"+ {config.dtype}", _writer(write_blocks, own, speed=speed), **last))
-    if config.compile: out.append(Candidate("+ compile", _writer(write_blocks, own, speed=replace(speed, compile=True)), **last))
+    for name in ("compile", "capture"):
+        if not getattr(config, name): continue
+        speed = replace(speed, **{name: True})
+        out.append(Candidate(f"+ {name}", _writer(write_blocks, own, speed=speed), **last))
     return out
 
 # %% ../nbs/17_bench.ipynb #86cd53f5

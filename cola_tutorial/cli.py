@@ -290,6 +290,7 @@ def bench(
     dtype: str = "fp32",  # bf16: with 16-bit weights too
     repeats: int = 20,  # Turns; a ratio from fewer than 20 says little
     compile: bool = False,  # Compiled too
+    capture: bool = False,  # Replayed as CUDA graphs too
     adapter: str = None,  # Another sampler, module:function, called as make(model, device, dtype)
     json: str = None,  # A file for the result
 ):
@@ -300,7 +301,7 @@ def bench(
         if json and not Path(json).resolve().parent.is_dir(): raise ConfigError(f"json is {json!r}, but its folder does not exist: make it first")
         try: batches = tuple(int(rows) for rows in batch.split(","))
         except ValueError as error: raise ConfigError(f"batch is {batch!r}, but must be whole numbers, separated by commas") from error
-        config = BenchConfig(batches, prompt_tokens, new_tokens, steps, guidance_scale, repeats, dtype, compile)
+        config = BenchConfig(batches, prompt_tokens, new_tokens, steps, guidance_scale, repeats, dtype, compile, capture)
         if threads: torch.set_num_threads(threads)
         for name, value in environment().items(): print(f"{name:14} {value}")
         measured = bench_model(size, model, block_size, _device(device))

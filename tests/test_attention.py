@@ -103,6 +103,22 @@ def test_attend_is_softmax_over_what_is_seen():
             torch.testing.assert_close(out[b, h], plain_attention(q[b, h], k[b, h], v[b, h], mask))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_many_short_rows_on_several_threads_are_attended_to_alike(masked):
+    threads = torch.get_num_threads()
+    q, k, v = torch.randn(3, 16, 2, 5, 4, generator=torch.Generator().manual_seed(3))
+    mask = [[not masked or sees("causal", row, column, 1) for column in range(5)] for row in range(5)]
+    try:
+        torch.set_num_threads(2)
+        with torch.no_grad():
+            out = attend(q, k, v, torch.tensor(mask) if masked else None)
+    finally:
+        torch.set_num_threads(threads)
+    for b in range(16):
+        for h in range(2):
+            torch.testing.assert_close(out[b, h], plain_attention(q[b, h], k[b, h], v[b, h], mask))
+
+
 @EXAMPLES
 @given(
     st.sampled_from(ATTENTION_KINDS),
