@@ -126,9 +126,13 @@ def test_the_packages_savings_are_switched_on_one_by_one(monkeypatch):
     ours = candidates(model, replace(QUICK, compile=True))[1 + len(SAVINGS) :]
     for one in ours:
         one.write(read, PLAIN, 1, noise)
-    assert [one.name for one in ours] == NAMES[-4:] + ["+ compile"]
-    wanted = [(False,) * 4, (True, False, False, False), (True, True, False, False), (True, True, True, False), (True,) * 4]
-    assert asked == [SpeedConfig(*switches) for switches in wanted]
+    assert [one.name for one in ours] == NAMES[-3:] + ["+ compile"]
+    wanted = [dict(one_forward=False, merge_commit=False), dict(merge_commit=False), {}, dict(compile=True)]
+    assert asked == [SpeedConfig(**switches) for switches in wanted]
+    last = candidates(model, replace(QUICK, capture=True))[-1]
+    assert last.name == "+ capture"
+    with pytest.raises(ConfigError, match="^capture is True"):
+        list(real(model, read, PLAIN, 1, [0], noise, SpeedConfig(capture=True)))
 
 
 @pytest.fixture
