@@ -24,6 +24,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'cola_tutorial.bench.table_lines': ('bench.html#table_lines', 'cola_tutorial/bench.py'),
                                      'cola_tutorial.bench.time_in_turns': ('bench.html#time_in_turns', 'cola_tutorial/bench.py')},
             'cola_tutorial.cli': { 'cola_tutorial.cli._device': ('cli.html#_device', 'cola_tutorial/cli.py'),
+                                   'cola_tutorial.cli._print_pieces': ('cli.html#_print_pieces', 'cola_tutorial/cli.py'),
                                    'cola_tutorial.cli._refuse_empty': ('cli.html#_refuse_empty', 'cola_tutorial/cli.py'),
                                    'cola_tutorial.cli._sample_text': ('cli.html#_sample_text', 'cola_tutorial/cli.py'),
                                    'cola_tutorial.cli.bench': ('cli.html#bench', 'cola_tutorial/cli.py'),

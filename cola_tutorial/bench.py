@@ -248,7 +248,7 @@ class BenchConfig:
         "The sampler's settings; raises `ConfigError`."
         return GenerationConfig(steps=self.steps, guidance_scale=self.guidance_scale)
 
-
+# %% ../nbs/17_bench.ipynb #e1c28b71
 def candidates(
     model: ColaDLM,  # fp32
     config: BenchConfig,  # which of the last ones are asked for

@@ -130,6 +130,20 @@ def train(
         model = train_run(run, folder, tuple(stages.split(",")), _sample_text(prompt or 4), _device(device))
         print(dumps({"model": str(folder / "model"), "parameters": model.sizes()}))
 
+# %% ../nbs/15_cli.ipynb #ca9761fa
+def _print_pieces(model: ColaDLM, prompts: list[str], n: int, config: Any) -> None:
+    "Print one text block by block, as it is written."
+    asked = max(len(prompts), 1) * n
+    if asked > 1: raise ConfigError(f"stream shows one text, but {asked} are asked for: give one prompt and leave n at 1")
+    shown = prompt = "".join(prompts)
+    print(prompt, end="", flush=True)
+    for piece in write_pieces(model, prompts or 1, config):
+        text = prompt + piece.texts[0]
+        if text.endswith("\ufffd"): continue  # a character whose end the next block holds
+        print(text[len(shown) :], end="", flush=True)
+        shown = text
+    print(text[len(shown) :])
+
 # %% ../nbs/15_cli.ipynb #ac18dfd9
 @call_parse(pos=["prompt"])
 def generate(
@@ -163,18 +177,7 @@ def generate(
         config = replace(loaded.generation, **{name: value for name, value in given.items() if value is not None})
         for setting in set or []: config = change(config, setting)
         prompts = [p for p in prompt for _ in range(n)] or n
-        if stream:
-            asked = max(len(prompt), 1) * n
-            if asked > 1: raise ConfigError(f"stream shows one text, but {asked} are asked for: give one prompt and leave n at 1")
-            shown = "".join(prompt)
-            print(shown, end="", flush=True)
-            for piece in write_pieces(loaded, prompts, config):
-                text = "".join(prompt) + piece.texts[0]
-                if text.endswith("\ufffd"): continue  # a character whose end the next block holds
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
-            print(text[len(shown) :])
-            return
+        if stream: return _print_pieces(loaded, list(prompt), n, config)
         result = write_texts(loaded, prompts, config)
         for before, text in zip(prompts if isinstance(prompts, list) else [""] * n, result.texts): print(before + text + "\n")
 

@@ -288,7 +288,7 @@ def _check_lists(config) -> None:
 SOLVER_NAMES = ("euler", "heun", "midpoint", "rk4")  # with 1, 2, 2 and 4 evaluations a step
 FIRST_BLOCKS = ("clean", "repaint", "left_padding", "right_padding")
 
-
+# %% ../nbs/01_config.ipynb #b5201909
 @dataclass(frozen=True)
 class GenerationConfig:
     "How a text is written: flow steps, guidance, and how tokens are picked from the decoder's logits."

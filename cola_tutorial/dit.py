@@ -109,7 +109,7 @@ class FeedForward(nn.Module):
         "proj_out(gelu(proj_in(x)))."
         return self.proj_out(gelu_tanh(self.proj_in(x)))
 
-
+# %% ../nbs/07_dit.ipynb #bfad3538
 class DiTBlock(nn.Module):
     "Attention and feed-forward, each shifted, scaled and gated by time (AdaLN)."
 

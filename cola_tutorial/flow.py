@@ -120,7 +120,7 @@ def renoise(
     a = (1 - s) / (1 - t)
     return a * z + (s**2 - (a * t) ** 2) ** 0.5 * noise
 
-
+# %% ../nbs/06_flow.ipynb #16c8f9af
 def walk(
     velocity: Callable[[Tensor, float], Tensor],  # (z, t) -> dz/dt, shaped like z
     z: Tensor,  # where the walk begins: noise if the grid begins at 1, any shape

@@ -127,7 +127,7 @@ def _source(seed: int, painting: bool = False) -> torch.Generator:
     "A generator of its own for `seed`, and another for painting; torch reads 32 bits of a seed, so the upper half is folded in."
     return torch.Generator().manual_seed((seed ^ seed >> 32) & 0xFFFFFFFF ^ (0x5DEECE66 if painting else 0))
 
-
+# %% ../nbs/09_generation.ipynb #db444f67
 class Writer:
     "Writes one block of every row after another; all that it remembers goes with it."
 
@@ -165,13 +165,18 @@ class Writer:
         sources = self.painters if painting else self.generators
         return torch.stack([make(*shape, generator=source) for source in sources]).to(self.model.device, non_blocking=True)
 
-    def keep(self, rows: list[int]) -> None:
-        "Go on with `rows` of those that are left; the others are done."
-        self.rows, self.generators, self.painters = ([part[r] for r in rows] for part in (self.rows, self.generators, self.painters))
-        for memory in (self.prior, self.decoder): memory.keep(rows)
-        for made in (self.sights, self.captured): made.clear()
-        self.given = [(latents[rows], known[rows]) for latents, known in self.given]
-        self.finished, self.seen = (None if part is None else part[rows] for part in (self.finished, self.seen))
+# %% ../nbs/09_generation.ipynb #be4135cc
+@patch
+def keep(
+    self: Writer,
+    rows: list[int],  # places of those that go on, among the rows that are left
+) -> None:
+    "Go on with `rows` of those that are left; the others are done."
+    self.rows, self.generators, self.painters = ([part[r] for r in rows] for part in (self.rows, self.generators, self.painters))
+    for memory in (self.prior, self.decoder): memory.keep(rows)
+    for made in (self.sights, self.captured): made.clear()
+    self.given = [(latents[rows], known[rows]) for latents, known in self.given]
+    self.finished, self.seen = (None if part is None else part[rows] for part in (self.finished, self.seen))
 
 # %% ../nbs/09_generation.ipynb #10807e0a
 def _history(prompts: Prompts, most: int) -> Tensor:
@@ -227,7 +232,7 @@ def _sight(self: Writer, behind: bool, alone: bool) -> tuple[Sight, Tensor]:
     self.sights[behind, alone] = Sight(self.model.dit.turns(positions), mask, self.prior, size * alone, slots), noisy
     return self.sights[behind, alone]
 
-
+# %% ../nbs/09_generation.ipynb #b8cfb039
 @patch
 def velocity(
     self: Writer,
@@ -336,7 +341,7 @@ def steps(
             fresh = lambda z_0: torch.where(known, z_0, normal())
     yield from walk(self.velocity, z, grid, config.solver, config.renew_below, fresh, paint)
 
-
+# %% ../nbs/09_generation.ipynb #2879cf05
 @patch
 def finish(
     self: Writer,
@@ -437,7 +442,7 @@ class BlockTrace:
         "The probability of that token."
         return (self.top_logits[..., 0] - self.log_total).exp()
 
-
+# %% ../nbs/09_generation.ipynb #7aae6e1d
 class _Tracer:
     "Collects what a block looks like at every time of the grid."
 
@@ -479,7 +484,7 @@ class Generation:
         "Whether the text came to an end before its limit."
         return [reason != "length" for reason in self.reasons]
 
-
+# %% ../nbs/09_generation.ipynb #1acaa5bf
 class _Job:
     "One call's rows on their way to texts."
 
@@ -544,7 +549,7 @@ def _job(model: ColaDLM, prompts, config, seeds, noise, speed, trace) -> _Job:
     rows = [_Row(model, config, start, limit) for start, limit in zip(starts, limits)]
     with torch.no_grad(): return _Job(model, Writer(model, read, config, blocks, seeds, noise, speed), rows, blocks, trace or None)
 
-
+# %% ../nbs/09_generation.ipynb #d67778f4
 def generate(
     model: ColaDLM,  # in evaluation mode
     prompts: Sequence[str | Sequence[int]] | int,  # texts or token ids; a number: so many texts from nothing

@@ -100,8 +100,9 @@ def attend(
     dropout: float = 0.0,  # share of attention weights dropped
 ) -> Tensor:  # (B, H, N, D)
     "softmax(q k^T / sqrt(D)) v over the visible positions."
-    many, threads = q.shape[2] <= 64 and q.shape[0] * q.shape[1] >= 32, q.device.type == "cpu" and torch.get_num_threads() > 1
-    if dropout or torch.is_grad_enabled() or not (many and threads): return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    fused = torch.compiler.is_compiling() or torch.is_grad_enabled() or dropout > 0 or q.device.type != "cpu"
+    if fused or q.shape[2] > 64 or q.shape[0] * q.shape[1] < 32 or torch.get_num_threads() == 1:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     scores = (q * q.shape[-1] ** -0.5) @ k.mT  # of many short rows, plain products make better use of a processor's threads
     return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1) @ v
 
