@@ -190,6 +190,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'cola_tutorial/generation.py'),
                                           'cola_tutorial.generation.Writer._commit': ( 'generation.html#writer._commit',
                                                                                        'cola_tutorial/generation.py'),
+                                          'cola_tutorial.generation.Writer._pinned': ( 'generation.html#writer._pinned',
+                                                                                       'cola_tutorial/generation.py'),
                                           'cola_tutorial.generation.Writer._remember': ( 'generation.html#writer._remember',
                                                                                          'cola_tutorial/generation.py'),
                                           'cola_tutorial.generation.Writer._sight': ( 'generation.html#writer._sight',

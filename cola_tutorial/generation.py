@@ -125,7 +125,7 @@ class Block:
 
 def _source(seed: int, painting: bool = False) -> torch.Generator:
     "A generator of its own for `seed`, and another for painting; torch reads 32 bits of a seed, so the upper half is folded in."
-    return torch.Generator().manual_seed((seed ^ seed >> 32) & 0xFFFFFFFF ^ (0x5DEECE66 if painting else 0))
+    return torch.Generator().manual_seed(((seed ^ seed >> 32) & 0xFFFFFFFF) ^ (0x5DEECE66 if painting else 0))
 
 # %% ../nbs/09_generation.ipynb #db444f67
 class Writer:
@@ -216,6 +216,12 @@ def _commit(self: Writer, z: Tensor) -> None:
 
 # %% ../nbs/09_generation.ipynb #e7f492a3
 @patch
+def _pinned(self: Writer) -> Tensor | None:
+    "Where the block in work is pinned (B, block_size) bool; None: nowhere."
+    return self.given[self.block][1] if self.block < len(self.given) and self.config.first_block != "repaint" else None
+
+
+@patch
 def _sight(self: Writer, behind: bool, alone: bool) -> tuple[Sight, Tensor]:
     "Sight of [the finished block if `behind` | the block in work | the same `alone`], and 1 where a position is noisy (1 or B, N)."
     if (behind, alone) in self.sights: return self.sights[behind, alone]
@@ -225,10 +231,10 @@ def _sight(self: Writer, behind: bool, alone: bool) -> tuple[Sight, Tensor]:
     if alone: positions = torch.cat([positions, torch.arange(size, device=device).expand(*positions.shape[:-1], size)], -1)
     slots = torch.arange(self.prior.length, self.prior.length + n, device=device) if self.static else None
     mask = self.prior.mask(n, "block_causal", size, capacity=self.static)
-    pinned = self.block < len(self.given) and self.config.first_block != "repaint"
-    noisy = (~self.given[self.block][1]).long() if pinned else torch.ones(1, size, dtype=torch.long, device=device)
+    pinned = self._pinned()
+    noisy = torch.ones(1, size, dtype=torch.long, device=device) if pinned is None else (~pinned).long()
     noisy = torch.cat([torch.zeros_like(noisy)] * behind + [noisy] * (1 + alone), 1)
-    if not (pinned or behind or self.static): noisy = noisy[:, :1]  # all share one time
+    if pinned is None and not (behind or self.static): noisy = noisy[:, :1]  # all share one time
     self.sights[behind, alone] = Sight(self.model.dit.turns(positions), mask, self.prior, size * alone, slots), noisy
     return self.sights[behind, alone]
 
@@ -254,7 +260,7 @@ def velocity(
     conditional, unconditional = v[:, size * behind :][:, :size], v[:, -size:] if guided else None
     if guided and not alone: unconditional = self.ask(z, noisy[:, -size:], t, Sight(self.model.dit.turns(torch.arange(size, device=z.device))))
     v = guide(unconditional, conditional, scale) if guided else conditional
-    if self.block < len(self.given) and config.first_block != "repaint": v = v.masked_fill(self.given[self.block][1][..., None], 0.0)
+    if (pinned := self._pinned()) is not None: v = v.masked_fill(pinned[..., None], 0.0)
     if self.asked is not None: self.asked.append((conditional, unconditional, v))
     return v
 
