@@ -81,6 +81,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'cola_tutorial.config.dit_from_released': ( 'config.html#dit_from_released',
                                                                                   'cola_tutorial/config.py'),
                                       'cola_tutorial.config.dit_to_released': ('config.html#dit_to_released', 'cola_tutorial/config.py'),
+                                      'cola_tutorial.config.on_dial': ('config.html#on_dial', 'cola_tutorial/config.py'),
                                       'cola_tutorial.config.preset': ('config.html#preset', 'cola_tutorial/config.py'),
                                       'cola_tutorial.config.steps_for': ('config.html#steps_for', 'cola_tutorial/config.py'),
                                       'cola_tutorial.config.vae_from_released': ( 'config.html#vae_from_released',
