@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['parameter_parts', 'StepPlan', 'training_flops', 'training_memory', 'largest_batch', 'seconds', 'own_shapes',
-           'matrix_rates', 'copy_rate']
+           'matrix_rates', 'copy_rate', 'cost_report', 'report_lines']
 
-# %% ../nbs/08e_costs.ipynb #0d513f60
+# %% ../nbs/08e_costs.ipynb #2a12f590
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from .config import ColaConfig, ConfigError, Stage1Config, Stage2Config, VAEConf
 from .dit import DiT
 from .vae import TextVAE
 
-# %% ../nbs/08e_costs.ipynb #b8692ccc
+# %% ../nbs/08e_costs.ipynb #9ef78dcc
 _PLACES = {  # part -> what its parameters' names hold; the first that fits
     "words_in": "encoder.wte", "vocabulary": "decoder.final_layer", "encoder": "encoder.", "decoder": "decoder.",
     "modulation": ("ada", "emb_in"), "projections": ".msa.", "feed_forward": ".mlp.", "ends": "",
@@ -44,7 +44,7 @@ def parameter_parts(
     for part, _, shape in _shapes(config): parts[part] += torch.Size(shape).numel()
     return parts
 
-# %% ../nbs/08e_costs.ipynb #de7f9887
+# %% ../nbs/08e_costs.ipynb #2d1c844d
 @dataclass(frozen=True)
 class StepPlan:
     "How a training step is computed; no choice changes its result."
@@ -74,7 +74,7 @@ def _stage(stage: Stage1Config | Stage2Config) -> tuple[bool, bool, int]:  # the
     vae = not prior or stage.vae_lr_ratio > 0
     return prior, vae, vae * (1 + (stage.lambda_mask > 0))
 
-# %% ../nbs/08e_costs.ipynb #f7cd2710
+# %% ../nbs/08e_costs.ipynb #6b18008d
 def _prior_forward(
     config: ColaConfig,  # of the model
     n: int,  # latents N of a row
@@ -106,7 +106,7 @@ def _vae_forward(v: VAEConfig, n: int, plan: StepPlan) -> tuple[dict[str, float]
     ends = {"encoder": patch + 4 * v.dim * v.latent_dim, "decoder": patch + 2 * v.latent_dim * v.dim}
     return blocks, ends | {"vocabulary": 2 * v.patch_size * v.dim * v.vocab_size}
 
-# %% ../nbs/08e_costs.ipynb #b6bbc4eb
+# %% ../nbs/08e_costs.ipynb #26cc169e
 def training_flops(
     config: ColaConfig,  # of the model
     length: int,  # tokens in a row
@@ -128,7 +128,7 @@ def training_flops(
     if prior and vae and stage.lambda_ref > 0: parts["reference"] = encoded
     return {name: count / config.vae.patch_size for name, count in parts.items()}
 
-# %% ../nbs/08e_costs.ipynb #2db16750
+# %% ../nbs/08e_costs.ipynb #8d5a4f58
 def _prior_block_bytes(config: ColaConfig, half: bool) -> int:
     "What a block of the prior keeps of a position for the backward pass; `half`: under bf16 autocast."
     d = config.dit
@@ -155,11 +155,12 @@ def _activations(config: ColaConfig, stage: Stage1Config | Stage2Config, plan: S
     if prior: blocks.append((2 * d.num_layers, (2 if half else 4) * d.dim, _prior_block_bytes(config, half)))
     if vae: blocks.append((passes * (v.encoder_num_blocks + v.decoder_num_blocks), 4 * v.dim, _vae_block_bytes(v, half)))
     ends = passes * v.dim * (4 + 3 * v.patch_size) * (3 if half else 4)  # around the blocks
+    if prior: ends += 2 * d.dim * (18 if half else 20)  # the last norm and its modulation
     if not plan.recompute: return ends + sum(count * kept for count, _, kept in blocks)
     again = max(kept * (2 if i == 0 and prior else 1) for i, (_, _, kept) in enumerate(blocks))  # the one block that is run again
     return ends + again + sum(count * stream for count, stream, _ in blocks)
 
-# %% ../nbs/08e_costs.ipynb #dcb0a6d1
+# %% ../nbs/08e_costs.ipynb #3c574d91
 def training_memory(
     config: ColaConfig,  # of the model
     length: int,  # tokens in a row
@@ -197,7 +198,7 @@ def training_memory(
         "activations": round(rows * n * _activations(config, stage, plan)), "logits": 4 * words * together,
     }  # fmt: skip
 
-# %% ../nbs/08e_costs.ipynb #dbae941e
+# %% ../nbs/08e_costs.ipynb #3426791e
 def largest_batch(
     config: ColaConfig,  # of the model
     length: int,  # tokens in a row
@@ -218,7 +219,7 @@ def largest_batch(
         least, most = (middle, most) if fits(middle) else (least, middle)
     return least
 
-# %% ../nbs/08e_costs.ipynb #471cd45b
+# %% ../nbs/08e_costs.ipynb #a1d049b5
 def seconds(
     run: Callable[[], Any],  # what is timed
     device: torch.device,  # where it works
@@ -273,3 +274,65 @@ def copy_rate(
     target = torch.empty_like(source)
     target.copy_(source)
     return 2 * source.nbytes / min(seconds(lambda: target.copy_(source), device) for _ in range(repeats))
+
+# %% ../nbs/08e_costs.ipynb #6989370d
+def cost_report(
+    config: ColaConfig,  # of the model
+    length: int = 512,  # tokens in a row
+    rows: int = 8,  # of one forward on one process
+    world_size: int = 1,  # processes that train together and share what can be shared
+    precision: str = "bf16",  # of the products: fp32 or bf16
+    optimizer: str = "adamw",  # adamw or muon
+    plan: StepPlan = StepPlan(),  # how a step is computed
+    gpus: Sequence[float] = (80, 141),  # sizes of GPU memory that are asked about, in GB
+    tflops: float | None = None,  # rate of products of one GPU, in TFLOP/s; None: no times
+    share: float = 1.0,  # part of that rate that training reaches
+    tokens: float | None = None,  # to train on, for the days it takes; None: no days
+) -> dict[str, Any]:  # parameters; for each stage operations, memory, rows that fit, speed
+    "What training costs, for stage 1, the prior alone, and the joint stage."
+    for name, value, most in (("world_size", world_size, 10**6), ("tflops", tflops, 1e9), ("share", share, 1), ("tokens", tokens, 1e30)):
+        if value is not None and not 0 < value <= most: raise ConfigError(f"{name} is {value!r}, but must be above 0 and at most {most:g}")
+    if tokens and not tflops: raise ConfigError("tokens asks for days, which need a rate: give tflops too")
+    kinds = {"stage1": Stage1Config, "prior": Stage2Config, "joint": lambda **more: Stage2Config(vae_lr_ratio=1.0, **more)}
+    report = {"parameters": parameter_parts(config), "stages": {}}
+    for name, kind in kinds.items():
+        stage, how = kind(precision=precision, batch_size=rows), {"plan": plan, "optimizer": optimizer}
+        flops = training_flops(config, length, stage, plan)
+        memory, alone = (training_memory(config, length, stage, shards=shards, **how) for shards in (world_size, 1))
+        one = {"flops_per_token": flops, "step_flops": sum(flops.values()) * rows * length * world_size}
+        one |= {"memory": memory, "memory_unshared": sum(alone.values())}
+        one["rows_that_fit"] = {f"{gpu:g} GB": largest_batch(config, length, stage, gpu * 1e9, shards=world_size, **how) for gpu in gpus}
+        if tflops: one["tokens_per_second"] = world_size * tflops * 1e12 * share / sum(flops.values())
+        if tokens: one["days"] = tokens / one["tokens_per_second"] / 86_400
+        report["stages"][name] = one
+    asked = dict(length=length, rows=rows, world_size=world_size, precision=precision, optimizer=optimizer, tflops=tflops, share=share, tokens=tokens)
+    return report | {"asked": asked}
+
+# %% ../nbs/08e_costs.ipynb #be0e877b
+def report_lines(
+    report: dict[str, Any],  # from `cost_report`
+) -> list[str]:  # lines of text
+    "A report as aligned tables."
+    stages, asked = report["stages"], report["asked"]
+    line = lambda name, values, form: f"{name:34}" + "".join(f"{form(value):>14}" for value in values)
+    each = lambda name, form, value: line(name, [value(one) for one in stages.values()], form)
+    letter, unit = ("G", 1e9) if stages["joint"]["memory_unshared"] >= 1e10 else ("M", 1e6)
+    scaled = lambda count: f"{count / unit:,.3f}"
+
+    def table(head: str, key: str) -> list[str]:
+        parts = dict.fromkeys(part for one in stages.values() for part in one[key])
+        rows = [each(f"  {part}", lambda count: scaled(count) if count else "-", lambda one, part=part: one[key].get(part, 0)) for part in parts]
+        return ["", line(letter + head, stages, str), *rows, each("  together", scaled, lambda one: sum(one[key].values()))]
+
+    lines = [line(f"  {part}", [count], "{:,}".format) for part, count in report["parameters"].items()]
+    lines = ["parameters", *lines, line("  together", [sum(report["parameters"].values())], "{:,}".format)]
+    lines += table(f"FLOP per token, rows of {asked['length']}", "flops_per_token")
+    lines.append(each(f"GFLOP per step, {asked['world_size']} x {asked['rows']} rows", lambda count: f"{count / 1e9:,.0f}", lambda one: one["step_flops"]))
+    lines += table(f"B per process, {asked['precision']}, {asked['optimizer']}", "memory")
+    if asked["world_size"] > 1: lines.append(each("  together, if nothing is shared", scaled, lambda one: one["memory_unshared"]))
+    for gpu in next(iter(stages.values()))["rows_that_fit"]: lines.append(each(f"rows that fit into {gpu}", str, lambda one, gpu=gpu: one["rows_that_fit"][gpu]))
+    if asked["tflops"]:
+        lines += ["", f"at {asked['world_size']} x {asked['tflops']:g} TFLOP/s, of which {asked['share']:.0%} are reached"]
+        lines.append(each("  tokens per second", lambda rate: f"{rate:,.0f}", lambda one: one["tokens_per_second"]))
+    if asked["tokens"]: lines.append(each(f"  days for {asked['tokens']:,.0f} tokens", lambda days: f"{days:,.2f}", lambda one: one["days"]))
+    return lines
