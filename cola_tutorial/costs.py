@@ -237,7 +237,7 @@ def seconds(
     getattr(torch, device.type).synchronize()
     return time.perf_counter() - began
 
-
+# %% ../nbs/08e_costs.ipynb #898f9764
 def own_shapes(
     config: ColaConfig,  # of the model
     positions: int,  # positions in one forward
@@ -330,7 +330,7 @@ def report_lines(
     lines.append(each(f"GFLOP per step, {asked['world_size']} x {asked['rows']} rows", lambda count: f"{count / 1e9:,.0f}", lambda one: one["step_flops"]))
     lines += table(f"B per process, {asked['precision']}, {asked['optimizer']}", "memory")
     if asked["world_size"] > 1: lines.append(each("  together, if nothing is shared", scaled, lambda one: one["memory_unshared"]))
-    for gpu in next(iter(stages.values()))["rows_that_fit"]: lines.append(each(f"rows that fit into {gpu}", str, lambda one, gpu=gpu: one["rows_that_fit"][gpu]))
+    for gpu in stages["joint"]["rows_that_fit"]: lines.append(each(f"rows that fit into {gpu}", str, lambda one, gpu=gpu: one["rows_that_fit"][gpu]))
     if asked["tflops"]:
         lines += ["", f"at {asked['world_size']} x {asked['tflops']:g} TFLOP/s, of which {asked['share']:.0%} are reached"]
         lines.append(each("  tokens per second", lambda rate: f"{rate:,.0f}", lambda one: one["tokens_per_second"]))
