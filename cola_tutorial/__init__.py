@@ -26,6 +26,8 @@ _rooms = (
     "costs",
     "model",
     "generation",
+    "processes",
+    "checkpoints",
     "training",
     "plain",
     "evaluation",
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     from cola_tutorial.costs import *
     from cola_tutorial.model import *
     from cola_tutorial.generation import *
+    from cola_tutorial.processes import *
+    from cola_tutorial.checkpoints import *
     from cola_tutorial.training import *
     from cola_tutorial.plain import *
     from cola_tutorial.evaluation import *
