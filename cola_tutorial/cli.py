@@ -237,7 +237,6 @@ def info(
     precision: str = "bf16",  # Of the products: bf16 or fp32
     optimizer: str = "adamw",  # adamw or muon
     recompute: bool = False,  # Blocks are run again in the backward pass instead of being kept
-    chunk: int = 1024,  # Tokens whose logits are in memory at once; 0: all
     gpu: str = "80,141",  # Sizes of GPU memory in GB, separated by commas: how many rows fit?
     tflops: float = None,  # Rate of one GPU's products in TFLOP/s, e.g. 790; without it no time is estimated
     share: float = 1.0,  # Part of that rate that training reaches
@@ -249,8 +248,7 @@ def info(
         config = _asked_config(size, preset, model)
         try: gpus = [float(one) for one in gpu.split(",")]
         except ValueError as error: raise ConfigError(f"gpu is {gpu!r}, but must be numbers, separated by commas") from error
-        plan = StepPlan(recompute=recompute, chunk=chunk or None)
-        report = cost_report(config, length, rows, world_size, precision, optimizer, plan, gpus, tflops, share, tokens)
+        report = cost_report(config, length, rows, world_size, precision, optimizer, StepPlan(recompute=recompute), gpus, tflops, share, tokens)
         with torch.device("meta"): sizes = ColaDLM(config).sizes()
         for line in report_lines(report): print(line)
         print()

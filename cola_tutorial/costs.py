@@ -50,15 +50,15 @@ class StepPlan:
     "How a training step is computed; no choice changes its result."
 
     recompute: bool = False  # blocks are run again in the backward pass instead of being kept: one forward more
-    skip_clean: bool = False  # the prior's last layer leaves out what only clean latents would get: no loss looks at them
+    skip_clean: bool = True  # the prior's last layer leaves out what only clean latents would get: no loss looks at them
     modulation_per_token: bool = False  # AdaLN at every position; False: once for each distinct time
     dense_rows: int = 0  # rows that attention spans with all their pairs: 1 with a dense mask, more in a flattened batch; 0: permitted pairs only
-    chunk: int | None = 1024  # tokens whose logits are in memory at once; None: all of them
+    most_logits: int | None = 2**27  # logits in memory at once; None: all of them
 
     def __post_init__(self):
         if not isinstance(self.dense_rows, int) or self.dense_rows < 0: raise ConfigError(f"dense_rows is {self.dense_rows!r}, but must be a whole number >= 0")
-        if self.chunk is not None and (not isinstance(self.chunk, int) or self.chunk < 1):
-            raise ConfigError(f"chunk is {self.chunk!r}, but must be a whole number >= 1, or None")
+        if self.most_logits is not None and (not isinstance(self.most_logits, int) or self.most_logits < 1):
+            raise ConfigError(f"most_logits is {self.most_logits!r}, but must be a whole number >= 1, or None")
 
 
 def _latents(config: ColaConfig, length: int) -> int:  # N
@@ -80,20 +80,22 @@ def _prior_forward(
     n: int,  # latents N of a row
     rows: int,  # of a forward: as many distinct times, and t = 0
     plan: StepPlan,  # how it is computed
-) -> dict[str, float]:  # part -> operations per latent of data, both copies
-    "Forward pass of the prior in the 2L layout."
+) -> tuple[dict[str, float], dict[str, float]]:  # part -> operations per latent of data, both copies
+    "Forward pass of the prior in the 2L layout: of its blocks, and of all that is not a block."
     d, less = config.dit, int(plan.skip_clean)
-    inner, f = d.num_heads * d.head_dim, 2 * d.num_layers - less
+    inner, f, wide = d.num_heads * d.head_dim, 2 * d.num_layers - less, d.dim * d.emb_dim
     keys = plan.dense_rows * 2 * n or (n + d.block_size) / 2  # seen by a clean latent, and by a noisy one
-    time = 256 * d.dim + d.dim**2 + d.dim * d.emb_dim + (6 * d.num_layers + 2) * d.dim * d.emb_dim
-    looked_up = time * (rows + 1) / (rows * n)
-    return {
-        "projections": 2 * d.dim * inner * (4 * f + 2 * less),
+    time = 256 * d.dim + d.dim**2 + wide  # from flow time to embedding
+    times = (rows + 1) / (rows * n)
+    modulated, ends = 6 * d.num_layers * wide * times, (time + 2 * wide) * times
+    if plan.modulation_per_token: modulated, ends = (12 * d.num_layers - 4 * less) * wide, 2 * time + 2 * (2 - less) * wide
+    blocks = {
+        "projections": 2 * d.dim * inner * (4 * f + 3 * less),
         "pairs": 4 * inner * keys * f,
         "feed_forward": 4 * d.expand_ratio * d.dim**2 * f,
-        "modulation": 2 * (2 * time - less * 6 * d.dim * d.emb_dim if plan.modulation_per_token else looked_up),
-        "ends": 2 * d.latent_dim * d.dim * (4 - less),
+        "modulation": 2 * modulated,
     }
+    return blocks, {"modulation": 2 * ends, "ends": 2 * d.latent_dim * d.dim * (4 - less)}
 
 
 def _vae_forward(v: VAEConfig, n: int, plan: StepPlan) -> tuple[dict[str, float], dict[str, float]]:
@@ -116,27 +118,28 @@ def training_flops(
 ) -> dict[str, float]:  # part -> operations per token of data; their sum is the step's cost
     "Operations of all matrix products of one training step, 2 for a multiplication with its addition, backward twice the forward."
     n, rows, (prior, vae, passes) = _latents(config, length), rows or stage.batch_size, _stage(stage)
-    again = 3 + plan.recompute
+    parts, again = {}, 3 + plan.recompute
+
+    def add(times: int, blocks: dict[str, float], ends: dict[str, float]) -> None:
+        for name in blocks | ends: parts[name] = times * (again * blocks.get(name, 0) + 3 * ends.get(name, 0))
+
+    if prior: add(1, *_prior_forward(config, n, rows, plan))
     blocks, ends = _vae_forward(config.vae, n, plan)
-    parts = {}
-    if prior:
-        times = {"projections": again, "pairs": again, "feed_forward": again, "modulation": 3, "ends": 3}
-        parts |= {name: times[name] * count for name, count in _prior_forward(config, n, rows, plan).items()}
-    if vae: parts |= {name: passes * (again * blocks[name] + 3 * ends[name]) for name in blocks}
+    if vae: add(passes, blocks, ends)
     encoded = blocks["encoder"] + ends["encoder"]
     if not vae: parts["encoding"] = encoded
     if prior and vae and stage.lambda_ref > 0: parts["reference"] = encoded
     return {name: count / config.vae.patch_size for name, count in parts.items()}
 
 # %% ../nbs/08e_costs.ipynb #8d5a4f58
-def _prior_block_bytes(config: ColaConfig, half: bool) -> int:
-    "What a block of the prior keeps of a position for the backward pass; `half`: under bf16 autocast."
+def _prior_block_bytes(config: ColaConfig, half: bool) -> tuple[int, int]:
+    "What a block of the prior keeps of a position, and what it need not keep of a clean one in the last layer; `half`: under bf16 autocast."
     d = config.dit
     w, e, f = d.dim, d.num_heads * d.head_dim, d.expand_ratio * d.dim
     statistics = 4 * (4 + 5 * d.num_heads)  # means and spreads of four norms, two of them of each head; log-sums of the attention
-    if not half: return 4 * (8 * w + 6 * w + 7 * e + 2 * f) + statistics
+    if not half: return 4 * (8 * w + 6 * w + 7 * e + 2 * f) + statistics, 4 * (5 * w + 3 * e + 2 * f)
     norms = 4 * (2 * 3 * w + 2 * e)  # in, out and scale of the two that see the stream; in of the two that see heads
-    return norms + 2 * (4 * w + 6 * w + 7 * e + 2 * f) + statistics
+    return norms + 2 * (4 * w + 6 * w + 7 * e + 2 * f) + statistics, norms // 2 + 2 * (3 * w + 3 * e + 2 * f)
 
 
 def _vae_block_bytes(v: VAEConfig, half: bool) -> int:
@@ -151,51 +154,65 @@ def _vae_block_bytes(v: VAEConfig, half: bool) -> int:
 def _activations(config: ColaConfig, stage: Stage1Config | Stage2Config, plan: StepPlan) -> float:
     "Bytes that the forward pass leaves for the backward pass, per latent of a row."
     d, v, half, (prior, vae, passes) = config.dit, config.vae, stage.precision == "bf16", _stage(stage)
-    blocks = []  # (how many, bytes of the stream that enters, bytes that are kept)
-    if prior: blocks.append((2 * d.num_layers, (2 if half else 4) * d.dim, _prior_block_bytes(config, half)))
+    blocks, ends = [], passes * v.dim * (4 + 3 * v.patch_size) * (3 if half else 4)  # (how many, bytes that enter, bytes kept); around the blocks
+    if prior:
+        kept, spared = _prior_block_bytes(config, half)
+        blocks.append((2 * d.num_layers, (2 if half else 4) * d.dim, kept))
+        ends += d.dim * (18 if half else 20) * (2 - plan.skip_clean)  # the last norm and its modulation
+        if not plan.recompute: ends -= spared * plan.skip_clean
     if vae: blocks.append((passes * (v.encoder_num_blocks + v.decoder_num_blocks), 4 * v.dim, _vae_block_bytes(v, half)))
-    ends = passes * v.dim * (4 + 3 * v.patch_size) * (3 if half else 4)  # around the blocks
-    if prior: ends += 2 * d.dim * (18 if half else 20)  # the last norm and its modulation
     if not plan.recompute: return ends + sum(count * kept for count, _, kept in blocks)
     again = max(kept * (2 if i == 0 and prior else 1) for i, (_, _, kept) in enumerate(blocks))  # the one block that is run again
     return ends + again + sum(count * stream for count, stream, _ in blocks)
 
 # %% ../nbs/08e_costs.ipynb #3c574d91
+def _logits(config: ColaConfig, tokens: int, passes: int, plan: StepPlan, half: bool) -> int:
+    "Bytes of the vocabulary's loss at its height."
+    words = config.vae.vocab_size
+    if plan.most_logits is None or words * tokens <= plan.most_logits: return 4 * words * tokens * (passes + 2 * (passes > 0))
+    return 0 if not passes else 2 * 4 * plan.most_logits + passes * words * config.vae.dim * (2 if half else 4)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    "Numbers in a tensor of this shape."
+    return torch.Size(shape).numel()
+
+
+def _gathered(config: ColaConfig) -> int:
+    "Weights that a process has whole for a moment where they are shared: all outside the blocks, a block, the next, and a block's gradient."
+    found = {}  # (half of the model, number of the block), None outside -> weights
+    for _, name, shape in _shapes(config):
+        half, inside, rest = name.partition("blocks.")
+        unit = (half, rest.split(".")[0]) if inside else None
+        found[unit] = found.get(unit, 0) + _count(shape)
+    return found.pop(None) + 3 * max(found.values())
+
+# %% ../nbs/08e_costs.ipynb #b939b97b
 def training_memory(
     config: ColaConfig,  # of the model
     length: int,  # tokens in a row
-    stage: Stage1Config | Stage2Config,  # what is trained, its precision, whether an average is kept
+    stage: Stage1Config | Stage2Config,  # what is trained, its optimizer and precision, whether an average is kept
     plan: StepPlan = StepPlan(),  # how it is computed
     rows: int | None = None,  # of one forward on one process; None: stage.batch_size
-    shards: int = 1,  # processes that share weights, gradients, moments and average among them
-    optimizer: str = "adamw",  # adamw, or muon: one moment for the matrices inside the blocks, AdamW's two for the others
+    shards: int = 1,  # processes that share one copy of weights, gradients, moments and average
 ) -> dict[str, int]:  # part -> bytes on one process
     "Estimated memory at the height of a training step."
-    if optimizer not in ("adamw", "muon"): raise ConfigError(f"optimizer is {optimizer!r}, but must be adamw or muon")
     for name, value in (("rows", rows), ("shards", shards)):
         if value is not None and (not isinstance(value, int) or value < 1): raise ConfigError(f"{name} is {value!r}, but must be a whole number >= 1")
     n, rows, (prior, vae, passes) = _latents(config, length), rows or stage.batch_size, _stage(stage)
-    trained, held, moments, matrices, unit = 0, 0, 0, 0, {}
-    for part, name, shape in _shapes(config):
-        size, inside, theirs = torch.Size(shape).numel(), "blocks." in name, part in _VAE
-        if not (vae if theirs else prior):
-            held += size
-            continue
-        trained += size
-        moments += size if optimizer == "muon" and inside and len(shape) == 2 else 2 * size
-        if len(shape) > 1 and part != "words_in": matrices += size
-        block = (theirs, name.rpartition("blocks.")[2].split(".")[0] if inside else name)  # what is gathered together
-        unit[block] = unit.get(block, 0) + size
-    reference = prior and vae and stage.lambda_ref > 0
-    if reference: held += sum(torch.Size(shape).numel() for part, _, shape in _shapes(config) if part in _VAE)
-    half, words, tokens = 2 if stage.precision == "bf16" else 4, config.vae.vocab_size, rows * length
+    half, shapes, muon = stage.precision == "bf16", _shapes(config), stage.optimizer == "muon"
+    trained = [(part, name, shape) for part, name, shape in shapes if (vae if part in _VAE else prior)]
+    moments = sum(_count(shape) * (1 if muon and "blocks." in name and len(shape) == 2 else 2) for _, name, shape in trained)
+    weights, everything = (sum(_count(shape) for *_, shape in some) for some in (trained, shapes))
+    copied = 2 * sum(_count(shape) for part, _, shape in trained if len(shape) > 1 and part != "words_in")  # bf16, for the backward pass
+    copy = [(name, shape) for part, name, shape in shapes if part in _VAE and prior and vae and stage.lambda_ref > 0]  # the reference
+    outside = sum(_count(shape) for name, shape in copy if "blocks." not in name)  # which nobody shares
     share = lambda numbers: -(-4 * numbers // shards)
-    gathered = max(unit.values()) * (2 * half + 4)  # one unit in work, the next on its way, and the gradient of one
-    together = passes and (3 * min(plan.chunk, tokens) if plan.chunk else (passes + 2) * tokens)
     return {
-        "weights": share(trained), "gradients": share(trained), "moments": share(moments), "average": share(trained) * (stage.ema_decay > 0),
-        "held": 4 * held, "copies": gathered if shards > 1 else 2 * matrices * (half == 2),
-        "activations": round(rows * n * _activations(config, stage, plan)), "logits": 4 * words * together,
+        "weights": share(weights), "gradients": share(weights), "moments": share(moments), "average": share(weights) * (stage.ema_decay > 0),
+        "held": share(everything - weights + sum(_count(shape) for _, shape in copy) - outside) + 4 * outside,
+        "copies": copied * half + 4 * _gathered(config) * (shards > 1),
+        "activations": round(rows * n * _activations(config, stage, plan)), "logits": _logits(config, rows * length, passes, plan, half),
     }  # fmt: skip
 
 # %% ../nbs/08e_costs.ipynb #3426791e
@@ -205,7 +222,7 @@ def largest_batch(
     stage: Stage1Config | Stage2Config,  # what is trained
     memory: float,  # bytes of one GPU
     spare: float = 0.1,  # part of it that is left free: for what is not in the estimate
-    **more: Any,  # plan, shards, optimizer, as for `training_memory`
+    **more: Any,  # plan, shards, as for `training_memory`
 ) -> int:  # rows; 0 if not even one fits
     "The most rows of a forward that fit into `memory`."
     if not memory > 0: raise ConfigError(f"memory is {memory!r}, but must be a number of bytes above 0")
@@ -296,12 +313,12 @@ def cost_report(
     kinds = {"stage1": Stage1Config, "prior": Stage2Config, "joint": lambda **more: Stage2Config(vae_lr_ratio=1.0, **more)}
     report = {"parameters": parameter_parts(config), "stages": {}}
     for name, kind in kinds.items():
-        stage, how = kind(precision=precision, batch_size=rows), {"plan": plan, "optimizer": optimizer}
+        stage = kind(precision=precision, optimizer=optimizer, batch_size=rows)
         flops = training_flops(config, length, stage, plan)
-        memory, alone = (training_memory(config, length, stage, shards=shards, **how) for shards in (world_size, 1))
+        memory, alone = (training_memory(config, length, stage, plan, shards=shards) for shards in (world_size, 1))
         one = {"flops_per_token": flops, "step_flops": sum(flops.values()) * rows * length * world_size}
         one |= {"memory": memory, "memory_unshared": sum(alone.values())}
-        one["rows_that_fit"] = {f"{gpu:g} GB": largest_batch(config, length, stage, gpu * 1e9, shards=world_size, **how) for gpu in gpus}
+        one["rows_that_fit"] = {f"{gpu:g} GB": largest_batch(config, length, stage, gpu * 1e9, plan=plan, shards=world_size) for gpu in gpus}
         if tflops: one["tokens_per_second"] = world_size * tflops * 1e12 * share / sum(flops.values())
         if tokens: one["days"] = tokens / one["tokens_per_second"] / 86_400
         report["stages"][name] = one
