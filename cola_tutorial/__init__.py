@@ -23,6 +23,7 @@ _rooms = (
     "flow",
     "dit",
     "objectives",
+    "costs",
     "model",
     "generation",
     "processes",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from cola_tutorial.flow import *
     from cola_tutorial.dit import *
     from cola_tutorial.objectives import *
+    from cola_tutorial.costs import *
     from cola_tutorial.model import *
     from cola_tutorial.generation import *
     from cola_tutorial.processes import *

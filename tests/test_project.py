@@ -43,6 +43,7 @@ FLOORS = {
     "flow": 2,
     "dit": 2,
     "objectives": 3,
+    "costs": 3,
     "model": 3,
     "generation": 4,
     "training": 4,
