@@ -34,6 +34,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'cola_tutorial.cli.generate': ('cli.html#generate', 'cola_tutorial/cli.py'),
                                    'cola_tutorial.cli.info': ('cli.html#info', 'cola_tutorial/cli.py'),
                                    'cola_tutorial.cli.named_errors': ('cli.html#named_errors', 'cola_tutorial/cli.py'),
+                                   'cola_tutorial.cli.report': ('cli.html#report', 'cola_tutorial/cli.py'),
                                    'cola_tutorial.cli.shipped_model': ('cli.html#shipped_model', 'cola_tutorial/cli.py'),
                                    'cola_tutorial.cli.train': ('cli.html#train', 'cola_tutorial/cli.py'),
                                    'cola_tutorial.cli.training_flops': ('cli.html#training_flops', 'cola_tutorial/cli.py'),
