@@ -144,10 +144,9 @@ class _Place:
 
 
 def _continues(file: BinaryIO, place: _Place) -> bool:
-    "Does an open log still begin with what was read?"
+    "Does an open log still begin with what was read? One that is shorter does not."
     status = os.fstat(file.fileno())
     if not place.bytes: return True
-    if status.st_size < place.bytes: return False
     if (status.st_dev, status.st_ino) != place.file: return hashlib.sha256(file.read(place.bytes)).hexdigest() == place.digest
     file.seek(place.bytes - len(place.end))
     return file.read(len(place.end)) == place.end
@@ -271,7 +270,8 @@ def _live_figure() -> "go.FigureWidget":
             look = {"mode": "markers", "marker": {"symbol": "diamond", "size": 9}} if name.startswith(HELD_OUT) else {"mode": "lines"}
             figure.add_trace(go.Scatter(name=_label(name), meta=name, x=[], y=[], showlegend=False, **look), row, column)
     figure.update_layout(template="plotly_white", height=460, margin={"l": 55, "r": 20, "t": 40, "b": 40}, legend={"orientation": "h", "y": -0.1})
-    figure.update_yaxes(exponentformat="power")
+    figure.update_layout(autosize=True)
+    figure.update_yaxes(tickformat="~g")
     return figure
 
 
@@ -281,7 +281,8 @@ def _progress(settings: dict, entry: dict | None, age: float) -> str:  # HTML
     steps = _steps_of(settings, entry["stage"])
     parts = [f"<b>{html.escape(_stage_label(entry['stage']))}</b>, step {entry['step']:,}" + (f" of {steps:,}" if steps else "")]
     if steps: parts.insert(0, f"<progress value='{entry['step']}' max='{steps}'></progress>")
-    parts += [f"{label} {entry[name]:,.4g}" for name, label in (("loss", "loss"), ("tokens_per_second", "tokens/s")) if _is_number(entry.get(name))]
+    if _is_number(entry.get("loss")): parts.append(f"loss {entry['loss']:,.4g}")
+    if _is_number(entry.get("tokens_per_second")): parts.append(f"{entry['tokens_per_second']:,.0f} tokens/s")
     if steps and entry["step"] >= steps: parts.append("<b>last step done</b>")
     return " &nbsp; ".join([*parts, f"last line {age:,.0f} s ago"])
 

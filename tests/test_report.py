@@ -91,6 +91,8 @@ def test_a_damaged_line_is_named(line: str, words: str, tmp_path: Path) -> None:
     "A broken line in the middle, or a whole one that is none of a training, is an error with file and number."
     write(tmp_path, [entry(1)], end=f"{line}\n{json.dumps(entry(3))}\n")
     with pytest.raises(ReportError, match=f"metrics.jsonl {words}"): read_metrics(tmp_path)
+    write(tmp_path, [entry(1)], end='{"step": 3}')
+    with pytest.raises(ReportError, match="metrics.jsonl line 2 lacks"): read_metrics(tmp_path)  # whole, so it was not cut
     write(tmp_path, [entry(1)])
     write(tmp_path, [{"stage": "stage2", "step": 1}, {"stage": "stage2", "step": 2, "text": ""}], "samples.jsonl")
     with pytest.raises(ReportError, match="samples.jsonl line 1 lacks"): read_metrics(tmp_path)
