@@ -587,7 +587,7 @@ def _traces(log: RunLog, number: int, title: str, panel: tuple[str, str], smooth
     line = {"color": colour, "width": 1 if smooth else 2, "dash": dash}
     kind = "lines+markers" if len(values) == 1 else "lines"
     x, y = thinned(steps, values)
-    if values: yield go.Scatter(x=x, y=y, mode=kind, line=line, opacity=0.3 if smooth else 1, hovertemplate=hover, hoverinfo="skip" if smooth else None, **common)
+    if values: yield go.Scatter(x=x, y=y, mode=kind, line=line, opacity=0.3 if smooth else 1, hovertemplate=hover, **common)
     if smooth:
         x, y = thinned(steps, smoothed(values, smoothing))
         yield go.Scatter(x=x, y=y, mode="lines", line={**line, "width": 2.2}, hovertemplate=hover + ", smoothed", **common)
