@@ -203,7 +203,7 @@ _LABELS = {
     "reference_kl": "KL divergence from the VAE of stage 1",
     "log_snr": "log SNR of the VAE",
     "latent_mean": "mean of the latents",
-    "latent_std": "spread of the latents (standard deviation)",
+    "latent_std": "spread of the latents",
     "gradient_norm": "gradient norm, before clipping",
     "share_of_ceiling": "share of the machine's ceiling",
 }
