@@ -33,6 +33,7 @@ _rooms = (
     "evaluation",
     "editing",
     "verify",
+    "report",
     "bench",
 )
 
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from cola_tutorial.evaluation import *
     from cola_tutorial.editing import *
     from cola_tutorial.verify import *
+    from cola_tutorial.report import *
     from cola_tutorial.bench import *
 
 # %% ../nbs/16_package.ipynb #cc01df70

@@ -51,6 +51,7 @@ FLOORS = {
     "evaluation": 5,
     "editing": 5,
     "verify": 5,
+    "report": 5,
     "bench": 6,
     "viz": 5,
     "cli": 7,
