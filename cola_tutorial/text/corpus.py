@@ -205,8 +205,8 @@ def _jsonl_rows(path: Path, column: str) -> Iterator[tuple[str, Callable]]:
                 if not line:
                     return
                 where, rest = f"{path}, line {number}", line
-                while len(rest) > LONGEST_LINE and not rest.endswith(b"\n"):
-                    rest = file.readline(LONGEST_LINE + 1)
+                while len(line) > LONGEST_LINE and rest and not rest.endswith(b"\n"):
+                    rest = file.readline(BLOCK)
                 yield where, partial(_json_text, line, column, where)
     except OSError as error:
         raise CorpusError(f"{path}: cannot be read ({error.strerror}). Check its name and permissions.") from error
@@ -615,7 +615,7 @@ def shuffled(
     seed: int,  # of the order, at least 0
     epoch: int,  # each has an order of its own, at least 0
 ) -> np.ndarray:  # the row at each place, (n,) int64
-    "Rows at some places of a pseudo-random order, computed: eight rounds on a rectangle (Black and Rogaway 2002, sec. 5)."
+    "Rows at some places of a pseudo-random order, computed: eight rounds on a rectangle (Black and Rogaway 2002)."
     places = np.asarray(places, np.int64)
     if not 1 <= rows <= 1 << 62 or (len(places) and not 0 <= places.min() <= places.max() < rows):
         raise CorpusError(f"rows={rows}: must be from 1 to 2^62, and each place from 0 to rows - 1.")
