@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -33,7 +34,7 @@ from cola_tutorial.text.corpus import (
     token_batch,
     train_tokenizer,
 )
-from cola_tutorial.text.shards import LAYOUTS, batches, best_fit, open_shards, write_shards
+from cola_tutorial.text.shards import SHARD_LAYOUTS, batches, best_fit, open_shards, write_shards
 
 EXAMPLES = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 WORDS = "the tiger burns bright in forests of the night and what immortal hand or eye could frame it".split()
@@ -143,7 +144,7 @@ def test_rows_do_not_depend_on_how_documents_are_cut(texts, multiple, blocks, cu
     whole = [(np.array(ids, np.int32), True) for ids in texts]
     parts = [(np.array(ids[at : at + cut], np.int32), at + cut >= len(ids)) for ids in texts for at in range(0, len(ids), cut)]
     options = {"length": multiple * blocks, "multiple_of": multiple, "window": 1000, "pad": 0, "end": 1}
-    for layout in LAYOUTS:
+    for layout in SHARD_LAYOUTS:
         first, second = (list(shards._blocks(encoded, {**options, "layout": layout})) for encoded in (whole, parts))
         assert all(np.array_equal(a, b) for a, b in zip(itertools.chain(*first), itertools.chain(*second), strict=True))
 
@@ -434,9 +435,10 @@ def test_no_tokens(tales, tokenizer, tmp_path):
 def test_truncated_shard(copy, size):
     path = copy / "shard-00002.bin"
     data = path.read_bytes()
-    path.write_bytes(data[:size])
-    with pytest.raises(CorpusError, match=r"shard-00002\.bin: [\d,]+ bytes, but the index says .*cut short or foreign.*Copy it again"):
-        open_shards(copy)
+    for left in (data[:size], data + b"more"):
+        path.write_bytes(left)
+        with pytest.raises(CorpusError, match=r"shard-00002\.bin: [\d,]+ bytes, but the index says .*cut short or foreign.*Copy it again"):
+            open_shards(copy)
 
 
 def test_missing_and_foreign_shards(copy, tales, tokenizer, tmp_path):
@@ -474,19 +476,24 @@ def test_changed_places_of_shards(copy):
 
 
 @given(st.data())
-@settings(EXAMPLES, max_examples=60)
+@settings(EXAMPLES, max_examples=150)
 def test_one_flipped_bit(whole, data):
     number = data.draw(st.integers(0, 2))
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(shutil.copytree(whole, Path(folder) / "copy"))
         path = copy / f"shard-{number:05d}.bin"
         content = bytearray(path.read_bytes())
-        content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+        shard = json.loads((copy / "index.json").read_bytes())["shards"][number]
+        begins = [0, 64, len(content) - 4 * shard["segments"] - 8 * (shard["rows"] + 1), len(content) - 4 * shard["segments"], len(content)]
+        part = data.draw(st.integers(0, 3))  # head, tokens, offsets, counts
+        content[data.draw(st.integers(begins[part], begins[part + 1] - 1))] ^= 1 << data.draw(st.integers(0, 7))
         path.write_bytes(content)
         with pytest.raises(CorpusError, match=rf"shard-{number:05d}\.bin: "):
             open_shards(copy, verify=True)
         try:  # unverified, a row is read or the file is named: nothing else happens, and nothing out of range comes out
             rows = open_shards(copy)
+            for row in range(len(rows) if part == 2 else 0):  # each alone: what the row before it says is not looked at
+                rows[row]
             read = rows[:]
             assert read["tokens"].shape == read["document"].shape == (len(rows), 64)
             assert 0 <= read["tokens"].min() and read["tokens"].max() < 280 and read["document"].min() >= -1
@@ -580,6 +587,7 @@ def test_rows_are_sent_to_other_processes(whole, start, monkeypatch):
     monkeypatch.chdir(whole.parent)
     rows = open_shards(whole.name)  # a relative name, which must not depend on where the other process stands
     expected = rows[[3, -1]]["tokens"].tolist()
+    assert len(pickle.dumps(rows)) < 3000  # a name and the index, and no row, though some have been read
     monkeypatch.chdir("/")
     with ProcessPoolExecutor(1, mp_context=get_context(start)) as pool:
         assert pool.submit(read_elsewhere, rows, [3, -1]).result() == expected
