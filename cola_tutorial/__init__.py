@@ -19,6 +19,7 @@ _rooms = (
     "text.stories",
     "text.corpus",
     "nn.attention",
+    "text.shards",
     "vae",
     "flow",
     "dit",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from cola_tutorial.text.stories import *
     from cola_tutorial.text.corpus import *
     from cola_tutorial.nn.attention import *
+    from cola_tutorial.text.shards import *
     from cola_tutorial.vae import *
     from cola_tutorial.flow import *
     from cola_tutorial.dit import *

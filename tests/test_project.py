@@ -39,6 +39,7 @@ FLOORS = {
     "text.stories": 1,
     "text.corpus": 1,
     "nn.attention": 1,
+    "text.shards": 2,
     "vae": 2,
     "flow": 2,
     "dit": 2,
