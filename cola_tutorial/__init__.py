@@ -19,6 +19,7 @@ _rooms = (
     "text.stories",
     "text.corpus",
     "nn.attention",
+    "processes",
     "text.shards",
     "vae",
     "flow",
@@ -27,7 +28,6 @@ _rooms = (
     "costs",
     "model",
     "generation",
-    "processes",
     "checkpoints",
     "training",
     "plain",
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from cola_tutorial.text.stories import *
     from cola_tutorial.text.corpus import *
     from cola_tutorial.nn.attention import *
+    from cola_tutorial.processes import *
     from cola_tutorial.text.shards import *
     from cola_tutorial.vae import *
     from cola_tutorial.flow import *
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
     from cola_tutorial.costs import *
     from cola_tutorial.model import *
     from cola_tutorial.generation import *
-    from cola_tutorial.processes import *
     from cola_tutorial.checkpoints import *
     from cola_tutorial.training import *
     from cola_tutorial.plain import *
