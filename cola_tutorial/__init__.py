@@ -25,6 +25,8 @@ _rooms = (
     "objectives",
     "model",
     "generation",
+    "processes",
+    "checkpoints",
     "training",
     "plain",
     "evaluation",
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
     from cola_tutorial.objectives import *
     from cola_tutorial.model import *
     from cola_tutorial.generation import *
+    from cola_tutorial.processes import *
+    from cola_tutorial.checkpoints import *
     from cola_tutorial.training import *
     from cola_tutorial.plain import *
     from cola_tutorial.evaluation import *

@@ -9,6 +9,7 @@ __all__ = ['time_waves', 'TimeEmbedding', 'RotarySpeeds', 'SelfAttention', 'gelu
 # %% ../nbs/07_dit.ipynb #d1422784
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .config import ConfigError, DiTConfig
-from .nn.attention import KVCache, Sight, attention_mask, rotary_angles, rotary_turns, rotate_pairs, two_copy_mask
+from .nn.attention import KVCache, Sight, attention_mask, recomputed, rotary_angles, rotary_turns, rotate_pairs, two_copy_blocks, two_copy_mask
 
 # %% ../nbs/07_dit.ipynb #948e58bd
 def time_waves(
@@ -78,18 +79,20 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = (nn.LayerNorm(c.head_dim, c.norm_eps) for _ in range(2))
         self.rope = nn.ModuleDict({"rope": RotarySpeeds(c.rope_dim)})
 
-    def forward(self, x: Tensor, sight: Sight, layer: int) -> Tensor:  # (B, N, dim)
-        "Attention of `x` (B, N, dim)."
-        q, k, v = self.proj_qkv(x).view(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
-        q, k = rotate_pairs(self.norm_q(q), sight.turns), rotate_pairs(self.norm_k(k), sight.turns)
-        return self.proj_out(sight.attend(layer, q, k, v))
+    def forward(self, x: Tensor, sight: Sight, layer: int, skip: int = 0) -> Tensor:  # (B, N - skip, dim)
+        "Attention of `x` (B, N, dim); the first `skip` positions are seen but ask nothing."
+        q, *kv = self.proj_qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (B, N, H, D) each
+        k, v = (part.transpose(1, 2) for part in kv)  # (B, H, N, D)
+        q = rotate_pairs(self.norm_q(q[:, skip:].transpose(1, 2)), sight.turns[..., skip:, :])  # (B, H, N - skip, D)
+        return self.proj_out(sight.attend(layer, q, rotate_pairs(self.norm_k(k), sight.turns), v))
 
 # %% ../nbs/07_dit.ipynb #1066b2d7
 def gelu_tanh(
     x: Tensor,  # any shape
 ) -> Tensor:  # the same shape
     "x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3): the tanh form of GELU, since tanh(u) = 2 sigmoid(2u) - 1."
-    if x.device.type != "cpu": return F.gelu(x, approximate="tanh")  # one kernel there; here the tanh is what costs
+    # One kernel, with one more for its gradient. On a processor that needs no gradient, the tanh is what costs.
+    if x.device.type != "cpu" or torch.is_grad_enabled(): return F.gelu(x, approximate="tanh")
     slope = 2 * math.sqrt(2 / math.pi)
     return x * torch.sigmoid(torch.addcmul(x.new_full((), slope), x, x, value=0.044715 * slope) * x)
 
@@ -128,11 +131,23 @@ class DiTBlock(nn.Module):
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = torch.cat([layer(embedding) for layer in self.ada.values()], dim=-1).chunk(6, dim=-1)
         return torch.cat([shift_a, 1 + scale_a, gate_a, shift_f, 1 + scale_f, gate_f], dim=-1)
 
-    def forward(self, x: Tensor, modulation: tuple[Tensor, ...], sight: Sight, layer: int) -> Tensor:  # (B, N, dim)
-        "The block's output for `x` (B, N, dim); six modulations, (B or 1, N or 1, dim) each."
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation
+    def forward(
+        self,
+        x: Tensor,  # the stream, (B, N, dim)
+        modulation: Tensor | tuple[Tensor, ...],  # six of them, (B or 1, N or 1, dim) each; or embeddings (K, emb_dim) to make them from
+        sight: Sight,  # where the positions stand and whom they see
+        layer: int,  # number of this block
+        row: Tensor | None = None,  # which embedding each position has, (B, N)
+        skip: int = 0,  # first positions whose output nobody wants
+    ) -> Tensor:  # (B, N - skip, dim)
+        "The block's output."
+        if row is not None: modulation = _rows_of(self.modulation(modulation), row, 6)
+        shift_a, scale_a, *later = modulation
         norm = lambda x: F.layer_norm(x, x.shape[-1:], eps=self.norm_eps)
-        x = torch.addcmul(x, gate_a, self.msa(torch.addcmul(shift_a, norm(x), scale_a), sight, layer))
+        h = torch.addcmul(shift_a, norm(x), scale_a)
+        if skip: x, later = x[:, skip:], [part[:, skip:] for part in later]
+        gate_a, shift_f, scale_f, gate_f = later
+        x = torch.addcmul(x, gate_a, self.msa(h, sight, layer, skip))
         return torch.addcmul(x, gate_f, self.mlp(torch.addcmul(shift_f, norm(x), scale_f)))
 
 # %% ../nbs/07_dit.ipynb #2c4712c9
@@ -151,6 +166,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(DiTBlock(c) for _ in range(c.num_layers))
         self.txt_out_norm = nn.LayerNorm(c.dim, c.norm_eps)
         self.txt_out_ada = nn.ModuleDict({"out_in": nn.Sequential(nn.SiLU(), nn.Linear(c.emb_dim, 2 * c.dim))})
+        self.recompute, self.flex = False, False  # training: forget activations and make them anew; attend by tiles
         self._initialise()
 
     def _initialise(self) -> None:
@@ -165,8 +181,12 @@ class DiT(nn.Module):
     def modulations(self, t: Tensor) -> tuple[Tensor, ...]:  # num_layers x (K, 6 dim), then (K, 2 dim)
         "Modulation tables for K distinct flow times `t` (K,)."
         embedding = self.emb_in(t)
+        return *(block.modulation(embedding) for block in self.blocks), self.last_modulation(embedding)
+
+    def last_modulation(self, embedding: Tensor) -> Tensor:  # (K, 2 dim)
+        "shift and 1 + scale before the last projection, for `embedding` (K, emb_dim)."
         shift, scale = self.txt_out_ada["out_in"](embedding).chunk(2, dim=-1)
-        return *(block.modulation(embedding) for block in self.blocks), torch.cat([shift, 1 + scale], dim=-1)
+        return torch.cat([shift, 1 + scale], dim=-1)
 
     def turns(self, positions: Tensor) -> Tensor:  # (..., head_dim / 2) complex
         "Rotary turns of latents at `positions` (N,) or (B, N)."
@@ -184,7 +204,12 @@ def look_up(
 ) -> tuple[tuple[Tensor, ...], ...]:  # for each layer six, then two of the last projection, (B or 1, N or 1, dim) each
     "Shifts, scales and gates of every position."
     *tables, last = tables
-    return *(F.embedding(row, table).chunk(6, dim=-1) for table in tables), F.embedding(row, last).chunk(2, dim=-1)
+    return *(_rows_of(table, row, 6) for table in tables), _rows_of(last, row, 2)
+
+
+def _rows_of(table: Tensor, row: Tensor, parts: int) -> tuple[Tensor, ...]:  # `parts` of (B or 1, N or 1, dim)
+    "The table's row of every position, cut into shifts, scales and gates."
+    return F.embedding(row, table).chunk(parts, dim=-1)
 
 
 @patch
@@ -225,13 +250,23 @@ def two_copy_velocity(
     z_t: Tensor,  # noisy latents, (B, N, d); at pinned positions equal to z_0
     t: Tensor,  # flow time of each sequence, (B,)
     pinned: Tensor | None = None,  # True where z_t is clean and has time 0, (B, N) bool
+    block_size: int | None = None,  # latents per block; None: the model's own
+    documents: Tensor | None = None,  # document of every latent, (B, N): none sees another; None: all belong together
 ) -> Tensor:  # velocity of the noisy copy, (B, N, d), fp32
     "Velocities of all blocks at once, each with its clean past (the 2L layout)."
-    batch, n = z_0.shape[:2]
-    tables = self.modulations(torch.cat([t.new_zeros(1), t]))  # row 0: t = 0; row 1 + b: the time of sequence b
+    (batch, n), size = z_0.shape[:2], block_size or self.config.block_size
     noisy = torch.arange(1, batch + 1, device=z_0.device)[:, None].expand(batch, n)
     if pinned is not None: noisy = noisy.masked_fill(pinned, 0)
-    row = torch.cat([torch.zeros_like(noisy), noisy], dim=1)  # (B, 2N)
-    positions = torch.arange(n, device=z_0.device).repeat(2)  # (2N,)
-    sight = Sight(self.turns(positions), two_copy_mask(n, self.config.block_size, z_0.device))
-    return self.denoise(torch.cat([z_0.detach(), z_t], dim=1), look_up(tables, row), sight)[:, n:]
+    row = torch.cat([torch.zeros_like(noisy), noisy], dim=1)  # (B, 2N): 0 for t = 0, 1 + b for the time of sequence b
+    embedding = self.emb_in(torch.cat([t.new_zeros(1), t]))  # (1 + B, emb_dim)
+    turns, last = self.turns(torch.arange(n, device=z_0.device).repeat(2)), len(self.blocks) - 1  # positions 0 .. N-1, twice
+    flex = self.flex and documents is None
+    sights = [Sight(turns, None if flex else two_copy_mask(n, size, z_0.device, documents), clean=n)] * len(self.blocks)
+    if flex: sights = [replace(s, flex=two_copy_blocks(n, size, z_0.device, layer == last)) for layer, s in enumerate(sights)]
+    x = self.txt_in["proj"](torch.cat([z_0.detach(), z_t], dim=1))  # (B, 2N, dim)
+    for layer, block in enumerate(self.blocks):
+        given = (x, embedding, sights[layer], layer, row, n if layer == last else 0)  # nobody looks at the clean copy's output
+        x = recomputed(block, *given) if self.recompute else block(*given)
+    shift, scale = _rows_of(self.last_modulation(embedding), noisy, 2)
+    return self.txt_out["proj"](torch.addcmul(shift, self.txt_out_norm(x), scale)).float()
+

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .config import ConfigError, VAEConfig
-from .nn.attention import KVCache, Sight, attention_mask, rotary_turns, rotate_halves
+from .nn.attention import KVCache, Sight, attention_mask, recomputed, rotary_turns, rotate_halves, same_document
 
 # %% ../nbs/05_vae.ipynb #1d32f491
 @dataclass
@@ -27,9 +27,9 @@ class Posterior:
     mean: Tensor  # mu, (B, N, d)
     logvar: Tensor  # log sigma^2, (B, N, d)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:  # z_0, (B, N, d)
-        "mu + sigma * epsilon."
-        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+    def sample(self, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:  # z_0, (B, N, d)
+        "mu + sigma * epsilon, where epsilon is `noise` (B, N, d) or drawn."
+        if noise is None: noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def kl(self) -> Tensor:  # nats, (B, N)
@@ -112,9 +112,10 @@ class TextEncoder(nn.Module):
         self.patch_embedder = nn.Conv1d(c.dim, c.dim, c.patch_size, stride=c.patch_size)
         self.blocks = nn.ModuleList(TextBlock(c) for _ in range(c.encoder_num_blocks))
         self.final_layer = nn.Linear(c.dim, 2 * c.latent_dim, bias=c.bias)
+        self.recompute = False  # training: forget activations and make them anew
 
-    def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Posterior:  # of (B, N, d)
-        "Posterior for `tokens` (B, L); with `lengths` (B,), latents at or beyond a row's length are hidden from all."
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None, documents: Tensor | None = None) -> Posterior:  # of (B, N, d)
+        "Posterior for `tokens` (B, L); latents at or beyond a row's `lengths` (B,) are hidden from all, those of one of the `documents` (B, N) see no other."
         c = self.config
         if tokens.shape[1] % c.patch_size: raise ConfigError(f"{tokens.shape[1]} tokens do not fill latents of {c.patch_size}: pad the rows to a multiple")
         x = rearrange(self.wte(tokens), "b (n p) e -> b n (e p)", p=c.patch_size)
@@ -123,8 +124,9 @@ class TextEncoder(nn.Module):
         n = x.shape[1]
         mask = attention_mask(c.attention, n, c.block_size, x.device)  # (N, N)
         if lengths is not None: mask = mask & (torch.arange(n, device=x.device) < lengths[:, None, None, None])
+        if documents is not None: mask = mask & same_document(documents)
         sight = Sight(rotary_turns(torch.arange(n, device=x.device), c.dim // c.num_heads, c.rope_theta), mask)
-        for block in self.blocks: x = block(x, sight)
+        for block in self.blocks: x = recomputed(block, x, sight) if self.recompute else block(x, sight)
         mean, logvar = self.final_layer(x).float().chunk(2, dim=-1)  # (B, N, d) each
         if c.encoder_last_ln: mean = F.layer_norm(mean, (c.latent_dim,), eps=c.layer_norm_eps)
         if c.log_snr is not None:  # sigma^2 tied to the row's mean square of mu
@@ -148,21 +150,28 @@ class TextDecoder(nn.Module):
         self.unpatch_layer = nn.Linear(c.dim, c.patch_size * c.dim)
         self.final_norm = nn.LayerNorm(c.dim, c.layer_norm_eps, c.layer_norm_affine)
         self.final_layer = nn.Linear(c.dim, c.vocab_size, bias=c.bias)
+        self.recompute = False  # training: forget activations and make them anew
 
-    def hidden(self, z: Tensor, cache: KVCache | None = None) -> Tensor:  # (B, N, dim)
+    def hidden(self, z: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:  # (B, N, dim)
         "The stream after the last block, for latents `z` (B, N, d) that follow the cache's history if there is one."
         c, n = self.config, z.shape[1]
         positions = torch.arange(n, device=z.device) if cache is None else cache.positions(n)
         mask = attention_mask(c.attention, n, c.block_size, z.device) if cache is None else cache.mask(n, c.attention, c.block_size)
+        if documents is not None: mask = mask & same_document(documents)
         sight = Sight(rotary_turns(positions, c.dim // c.num_heads, c.rope_theta), mask, cache)
         x = self.in_layer(z.to(self.in_layer.weight.dtype))  # (B, N, dim)
-        for layer, block in enumerate(self.blocks): x = block(x, sight, layer)
+        for layer, block in enumerate(self.blocks): x = recomputed(block, x, sight, layer) if self.recompute else block(x, sight, layer)
         return x
+
+    def states(self, z: Tensor, cache: KVCache | None = None, documents: Tensor | None = None) -> Tensor:  # (B, N * patch_size, dim)
+        "What the last layer turns into logits: one state for every token."
+        x = rearrange(self.unpatch_layer(self.hidden(z, cache, documents)), "b n (e p) -> b (n p) e", p=self.config.patch_size)
+        return self.final_norm(x)
 
     def forward(self, z: Tensor, cache: KVCache | None = None) -> Tensor:  # logits, (B, N * patch_size, V)
         "Logits for latents `z` (B, N, d), which follow the cache's history if there is one."
-        x = rearrange(self.unpatch_layer(self.hidden(z, cache)), "b n (e p) -> b (n p) e", p=self.config.patch_size)
-        return self.final_layer(self.final_norm(x))
+        return self.final_layer(self.states(z, cache))
+
 
 # %% ../nbs/05_vae.ipynb #6e28e5ab
 class TextVAE(nn.Module):
@@ -183,9 +192,9 @@ class TextVAE(nn.Module):
         if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d)): nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
         if isinstance(module, (nn.Linear, nn.Conv1d)) and module.bias is not None: nn.init.zeros_(module.bias)
 
-    def encode(self, tokens: Tensor, lengths: Tensor | None = None) -> Posterior:  # of (B, N, d)
-        "Posterior over unscaled latents of `tokens` (B, L); `lengths` (B,) in latents where rows are padded."
-        return self.encoder(tokens, lengths)
+    def encode(self, tokens: Tensor, lengths: Tensor | None = None, documents: Tensor | None = None) -> Posterior:  # of (B, N, d)
+        "Posterior over unscaled latents of `tokens` (B, L); `lengths` (B,) in latents where rows are padded, `documents` (B, N) where none sees another."
+        return self.encoder(tokens, lengths, documents)
 
     def to_latents(self, z: Tensor) -> Tensor:  # (B, N, d)
         "What prior and decoder see: (z - shifting_factor) * scaling_factor."

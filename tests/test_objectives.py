@@ -13,6 +13,7 @@ from cola_tutorial.dit import DiT
 from cola_tutorial.objectives import (
     counted_positions,
     flow_matching_loss,
+    hidden_tokens,
     latent_mask,
     mask_loss,
     mean_over,
@@ -127,8 +128,8 @@ def test_flow_matching_asks_at_times_of_the_given_law(monkeypatch):
     _, dit = parts()
     asked, original = [], DiT.two_copy_velocity
 
-    def spy(self, z_0, z_t, t, pinned):
-        return asked.append(t) or original(self, z_0, z_t, t, pinned)
+    def spy(self, z_0, z_t, t, *more):
+        return asked.append(t) or original(self, z_0, z_t, t, *more)
 
     monkeypatch.setattr(DiT, "two_copy_velocity", spy)
     counted = torch.ones(500, 2, dtype=torch.bool)
@@ -172,13 +173,16 @@ def test_mask_loss_hides_counted_tokens_only_and_asks_for_them():
     tokens, counted = batch()
     seen = []
     vae.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    loss = mask_loss(vae, tokens, counted, 0.5, source())
+    drawn = hidden_tokens(*tokens.shape, 0.5, source()) & counted
+    loss = mask_loss(vae, tokens, drawn)
     hidden = seen[0] == 9
+    assert torch.equal(hidden, drawn)
     assert hidden.any() and not (hidden & ~counted).any() and torch.equal(seen[0][~hidden], tokens[~hidden])
     asked = token_loss(vae.decode(vae.encode(seen[0]).mean), tokens)
     assert loss.item() == pytest.approx(asked[hidden].mean().item(), rel=1e-5)
-    assert mask_loss(vae, tokens, counted, 0.0, source()).item() == 0
-    mask_loss(vae, tokens, counted, 1.0, source())
+    assert mask_loss(vae, tokens, torch.zeros_like(counted)).item() == 0
+    assert not hidden_tokens(9, 9, 0.0).any() and hidden_tokens(9, 9, 1.0).all()
+    stage1_terms(vae, tokens, counted, Stage1Config(mask_rate=1.0), source())
     assert torch.equal(seen[-1] == 9, counted)
 
 

@@ -17,13 +17,13 @@ from datasets import Dataset, disable_progress_bars
 from safetensors.torch import load_file
 
 from cola_tutorial.config import ColaConfig, ConfigError, DiTConfig, LoopConfig, Stage1Config, Stage2Config, VAEConfig
+from cola_tutorial.checkpoints import Checkpoint, CheckpointError, checkpoints
 from cola_tutorial.model import ColaDLM, ModelFileError
 from cola_tutorial.training import (
-    MetricsLog,
+    RunLog,
     NonFiniteError,
     RunConfig,
     Trainer,
-    checkpoints,
     learning_rate,
     read_run,
     step_generator,
@@ -31,6 +31,7 @@ from cola_tutorial.training import (
 )
 
 disable_progress_bars()
+PIECES = "pieces-00000.safetensors"
 LOOP = dict(steps=6, batch_size=4, warmup_steps=2, learning_rate=1e-2, log_every=1, save_every=2)
 STAGE1 = Stage1Config(**LOOP, ema_decay=0.9)
 STAGE2 = Stage2Config(**LOOP, ema_decay=0.9)
@@ -73,11 +74,12 @@ def snapshot(trainer):
     "Everything that a step leaves behind."
     parts = {f"weights.{k}": v for k, v in trainer.model.state_dict().items()}
     if trainer.average:
-        parts |= {f"average.{k}": v for k, v in trainer.average.state_dict().items()}
+        parts |= {f"average.{k}": v for k, v in trainer.average.items()}
     if trainer.reference:
         parts |= {f"reference.{k}": v for k, v in trainer.reference.state_dict().items()}
-    for number, state in trainer.optimizer.state_dict()["state"].items():
-        parts |= {f"optimizer.{number}.{k}": v for k, v in state.items()}
+    for number, optimizer in enumerate(trainer.optimizers):
+        for at, state in optimizer.state_dict()["state"].items():
+            parts |= {f"optimizer.{number}.{at}.{k}": v for k, v in state.items()}
     return {k: v.clone() for k, v in parts.items()}
 
 
@@ -148,7 +150,7 @@ def test_metrics_are_one_history(tmp_path, rows):
 def test_lines_behind_the_resumed_step_are_dropped(tmp_path):
     lines = [{"stage": "stage1", "step": n} for n in (1, 2)] + [{"stage": "stage2", "step": n} for n in (1, 2, 3, 4)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    MetricsLog(tmp_path, "stage2", 3)
+    RunLog(tmp_path, "stage2", 3)
     assert metrics(tmp_path) == lines[:5]
 
 
@@ -182,29 +184,28 @@ def test_half_written_folders_are_not_checkpoints(tmp_path, rows):
     assert second.resume() and second.step == 2
 
 
-@pytest.mark.parametrize("name", ["weights", "average", "optimizer"])
-def test_a_cut_checkpoint_is_named_and_not_loaded(tmp_path, rows, name):
+def test_a_cut_checkpoint_is_named_and_not_loaded(tmp_path, rows):
     Trainer(small(), rows, STAGE1, tmp_path).run(until=2, progress=False)
-    path = tmp_path / "checkpoints" / "stage1-0000002" / f"{name}.safetensors"
+    path = tmp_path / "checkpoints" / "stage1-0000002" / PIECES
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=f"{name}.safetensors is damaged"):
+    with pytest.raises(CheckpointError, match=f"{PIECES} is damaged: .* bytes, not"):
         Trainer(small(), rows, STAGE1, tmp_path).resume()
 
 
 def test_a_checkpoint_with_a_flipped_bit_is_not_loaded(tmp_path, rows):
     Trainer(small(), rows, STAGE1, tmp_path).run(until=2, progress=False)
-    path = tmp_path / "checkpoints" / "stage1-0000002" / "weights.safetensors"
+    path = tmp_path / "checkpoints" / "stage1-0000002" / PIECES
     content = bytearray(path.read_bytes())
     content[-5] ^= 4
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="weights.safetensors"):
+    with pytest.raises(CheckpointError, match=f"{PIECES} is damaged: its sha256"):
         Trainer(small(), rows, STAGE1, tmp_path).resume()
 
 
 def test_a_broken_state_is_named(tmp_path, rows):
     Trainer(small(), rows, STAGE1, tmp_path).run(until=2, progress=False)
     (tmp_path / "checkpoints" / "stage1-0000002" / "state.json").write_text('{"step": ')
-    with pytest.raises(ValueError, match="state.json"):
+    with pytest.raises(CheckpointError, match="state.json"):
         Trainer(small(), rows, STAGE1, tmp_path).resume()
 
 
@@ -239,15 +240,15 @@ def test_the_optimizer_uses_the_schedule_and_the_vaes_share(rows):
     for step in range(4):
         values = trainer.train_step()
         assert values["learning_rate"] == learning_rate(step, JOINT)
-        rates = {group["share"]: group["lr"] for group in trainer.optimizer.param_groups}
+        rates = {group["share"]: group["lr"] for group in trainer.optimizers[0].param_groups}
         assert rates == {1.0: learning_rate(step, JOINT), 0.25: 0.25 * learning_rate(step, JOINT)}
 
 
 def test_only_matrices_decay(rows):
     trainer = Trainer(small(), rows, STAGE1)
-    for group in trainer.optimizer.param_groups:
+    for group in trainer.optimizers[0].param_groups:
         assert all((p.ndim > 1) == (group["weight_decay"] > 0) for p in group["params"])
-    counted = sum(len(group["params"]) for group in trainer.optimizer.param_groups)
+    counted = sum(len(group["params"]) for group in trainer.optimizers[0].param_groups)
     assert counted == len(list(trainer.model.vae.parameters()))
 
 
@@ -316,8 +317,9 @@ def test_held_out_terms_are_the_same_whenever_asked(rows):
 
 def test_every_epoch_sees_every_row_once(rows):
     trainer, seen = Trainer(small(), rows, STAGE1), []
+    known = {tuple(row["tokens"].tolist()): at for at, row in enumerate(rows)}
     original = trainer.terms
-    trainer.terms = lambda rows, indices, generator: seen.extend(indices.tolist()) or original(rows, indices, generator)
+    trainer.terms = lambda tokens, *more: seen.extend(known[tuple(row)] for row in tokens.tolist()) or original(tokens, *more)
     trainer.run(until=5, progress=False)
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
 
@@ -364,9 +366,10 @@ def test_a_text_file_becomes_a_model(finished):
     assert stage1[-1] < stage1[0] and all(
         "held_out_loss" in line for line in metrics(finished) if line["step"] % 2 == 0
     )
-    last = load_file(checkpoints(finished, "stage2")[-1] / "average.safetensors")
+    stored = load_file(checkpoints(finished, "stage2")[-1] / PIECES)
+    last = {k.removeprefix("average."): v for k, v in stored.items() if k.startswith("average.")}
     assert_same(last, {k: v for k, v in model.state_dict().items() if k in last})
-    assert {"run.json", "metrics.jsonl", "checkpoints", "model"} == {path.name for path in finished.iterdir()}
+    assert {"run.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model"} == {path.name for path in finished.iterdir()}
 
 
 def test_a_finished_run_is_only_read_again(finished, text, tmp_path):
@@ -540,8 +543,7 @@ def test_a_killed_process_continues_bit_for_bit_in_another(finished, text, tmp_p
     assert process.returncode == 0, errors.decode()
     assert_same(ColaDLM.from_pretrained(out / "model").state_dict(), ColaDLM.from_pretrained(finished / "model").state_dict())
     for ours, theirs in zip(checkpoints(out, "stage2"), checkpoints(finished, "stage2")):
-        for name in ("weights", "average", "reference", "optimizer"):
-            assert_same(load_file(ours / f"{name}.safetensors"), load_file(theirs / f"{name}.safetensors"))
+        assert_same(load_file(ours / PIECES), load_file(theirs / PIECES))
     lines = [line for line in metrics(out) if line["stage"] == "stage2"]
     assert lines == [line for line in metrics(finished) if line["stage"] == "stage2"]
 
@@ -551,7 +553,7 @@ SAVING = """
 import os, shutil, signal, sys
 sys.path[:0] = sys.argv[1:3]
 import test_training
-from cola_tutorial import training
+from cola_tutorial import checkpoints
 from datasets import Dataset
 from pathlib import Path
 rows, out = Dataset.load_from_disk(sys.argv[3]).with_format("torch"), Path(sys.argv[4])
@@ -559,18 +561,18 @@ first = test_training.Trainer(test_training.small(), rows, test_training.STAGE1,
 first.run(until=5, progress=False)
 first.train_step()
 die = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
-save_file, replace, rmtree = training.save_file, os.replace, shutil.rmtree
+save_file, replace, rmtree = checkpoints.save_file, os.replace, shutil.rmtree
 def cut(tensors, path):
     save_file(tensors, path)
     os.truncate(path, os.path.getsize(path) // 2)
     die()
-def late(tensors, path): return die() if "optimizer" in str(path) else save_file(tensors, path)
+def late(*args, **kwargs): die()  # the pieces are there, the list of them is not
 def moved(source, target): replace(source, target); die()
-stages = [(training, "save_file", cut), (training, "save_file", late)]
+stages = [(checkpoints, "save_file", cut), (checkpoints, "digest", late)]
 stages += [(os, "replace", die), (os, "replace", moved), (shutil, "rmtree", die)]
 for number, (module, name, fatal) in enumerate(stages):
     folder = shutil.copytree(out / "start", out / str(number))
-    first.out = folder
+    first.out = first.saver.out = folder
     if (pid := os.fork()) == 0:
         setattr(module, name, fatal)
         first.save()
