@@ -129,15 +129,15 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
 CHILD = """
 import json, sys
 from pathlib import Path
-from cola_tutorial.training import MetricsLog
-log = MetricsLog(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+from cola_tutorial.training import RunLog
+log = RunLog(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
 print("ready", flush=True)
 for line in sys.stdin:
     order, step = line.split()
     whole = {"stage": sys.argv[2], "step": int(step), "loss": 1.0, "by": sys.argv[4]}
     if order == "write": log.write(whole)
     if order == "half":
-        with log.path.open("a") as file: file.write(json.dumps(whole)[:20])
+        with log.paths[0].open("a") as file: file.write(json.dumps(whole)[:20])
     print("done", flush=True)
 """
 
