@@ -129,8 +129,8 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
 CHILD = """
 import json, sys
 from pathlib import Path
-from cola_tutorial.training import RunLog
-log = RunLog(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+from cola_tutorial.training import RunWriter
+log = RunWriter(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
 print("ready", flush=True)
 for line in sys.stdin:
     order, step = line.split()
