@@ -25,10 +25,10 @@ from cola_tutorial.training import BatchMemoryError, Trainer
 CHILD = Path(__file__).resolve().parent / "processes_child.py"
 
 
-def start(processes, text, out, cache, **asked):
+def start(processes, source, out, cache, **asked):
     "A training in so many processes of its own."
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    command = [sys.executable, *launch, str(CHILD), str(text), str(out), str(cache), json.dumps(asked)]
+    command = [sys.executable, *launch, str(CHILD), str(source), str(out), str(cache), json.dumps(asked)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
@@ -190,7 +190,8 @@ assert trainer.step == 0 and all(torch.equal(v, before[k]) for k, v in trainer.m
 def test_a_batch_that_does_not_fit_is_told_what_would():
     "A process that may not have more memory asks for too many rows at once."
     here = Path(__file__).resolve().parent
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(here.parent), str(here)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command, own = [sys.executable, "-c", MEMORY, str(here.parent), str(here)], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=own)
     assert done.returncode == 0, done.stderr
     assert "512 rows at once do not fit into memory" in done.stdout, done.stdout
     assert int(done.stdout.split("micro_batch_size=")[1].split()[0]) in (1, 2, 4, 8, 16, 32, 64, 128, 256), done.stdout
