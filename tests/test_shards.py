@@ -7,6 +7,8 @@ import pickle
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import tracemalloc
 from collections import Counter
@@ -262,6 +264,34 @@ def test_killed_at_every_moment(tales, tokenizer, tmp_path):
         assert len(rows) == len(open_shards(folder, verify=True))
     assert count >= 3 and times == 3 * (2 * count + 2) + 1  # a file, its name, its folder: index twice, and with each shard
     assert max(written) == count  # what was whole was not written again
+
+
+KILLED = """
+import os, signal, sys
+from tokenizers import Tokenizer
+from cola_tutorial.text.corpus import documents
+from cola_tutorial.text.shards import write_shards
+source, tokenizer, folder = sys.argv[1:]
+stop = lambda shard: os.kill(os.getpid(), signal.SIGKILL)
+options = {"fingerprint": "x", "shard_tokens": 50_000}
+write_shards(documents(source, streaming=True), Tokenizer.from_file(tokenizer), folder, 64, processes=2, report=stop, **options)
+"""
+
+
+def test_workers_of_a_killed_process_end_and_hold_nothing(tokenizer, tmp_path):
+    "The next run begins at once, while they may still live; and their end of the pipe is closed when they are dead."
+    texts = [text * 40 for text in made_texts(200)]  # many large messages are on the way, one of them perhaps by half
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    command = [sys.executable, "-c", KILLED, *(str(tmp_path / name) for name in ("a.jsonl", "tokenizer.json", "s"))]
+    root = Path(__file__).resolve().parent.parent
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root) as process:
+        assert process.wait(60) == -signal.SIGKILL
+        found = documents(tmp_path / "a.jsonl", streaming=True)
+        for folder in ("s", "t"):
+            write_shards(found, tokenizer, tmp_path / folder, 64, fingerprint="x", shard_tokens=50_000)
+        process.communicate(timeout=30)
+    assert contents(tmp_path / "s") == contents(tmp_path / "t")
 
 
 def test_every_prefix_of_a_file_may_be_left(tales, tokenizer, whole, copy):
