@@ -434,6 +434,30 @@ def test_two_writers_of_one_folder(tales, tokenizer, tmp_path):
     assert len(seen) == len(rows.shards)
 
 
+def test_a_forked_process_holds_no_lock(tales, tokenizer, whole, tmp_path):
+    "One that was forked while we wrote, and outlives our stop."
+    wait, release = os.pipe()
+    children = []
+
+    def fork(shard):
+        children.append(os.fork())
+        if not children[-1]:
+            os.close(release)
+            os.read(wait, 1)
+            os._exit(0)
+        raise KeyboardInterrupt
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            write_shards(tales, tokenizer, tmp_path / "s", 64, report=fork, **OPTIONS)
+        write_shards(tales, tokenizer, tmp_path / "s", 64, **OPTIONS)
+    finally:
+        os.close(release)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0]
+        os.close(wait)
+    assert contents(tmp_path / "s") == contents(whole)
+
+
 def test_disk_that_takes_no_more(tales, tokenizer, whole, tmp_path):
     "The kernel refuses: a named error, nothing half left, and with room again the same call goes on."
     index = json.loads((whole / "index.json").read_bytes())["shards"]
