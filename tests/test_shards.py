@@ -434,27 +434,42 @@ def test_two_writers_of_one_folder(tales, tokenizer, tmp_path):
     assert len(seen) == len(rows.shards)
 
 
-def test_a_forked_process_holds_no_lock(tales, tokenizer, whole, tmp_path):
-    "One that was forked while we wrote, and outlives our stop."
-    wait, release = os.pipe()
-    children = []
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_a_forked_process_holds_no_lock(tales, tokenizer, whole, tmp_path, how):
+    "A process that writes forks another and is killed, or stops; the other lives on."
+    (wait, release), (ready, tell), (over, end) = os.pipe(), os.pipe(), os.pipe()
 
     def fork(shard):
-        children.append(os.fork())
-        if not children[-1]:
-            os.close(release)
-            os.read(wait, 1)
+        if not os.fork():
+            os.write(tell, b"ready")
+            os.read(wait, 1)  # until the test lets go
             os._exit(0)
+        os.read(ready, 5)
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
         raise KeyboardInterrupt
 
+    writer = os.fork()
+    if not writer:
+        try:
+            os.close(release)
+            with pytest.raises(KeyboardInterrupt):
+                write_shards(tales, tokenizer, tmp_path / "s", 64, report=fork, **OPTIONS)
+            os.write(end, b"stopped")
+            os.read(wait, 1)
+        finally:
+            os._exit(0)
+    if how == "killed":
+        assert os.WIFSIGNALED(os.waitpid(writer, 0)[1])
+    else:
+        assert os.read(over, 7) == b"stopped"
     try:
-        with pytest.raises(KeyboardInterrupt):
-            write_shards(tales, tokenizer, tmp_path / "s", 64, report=fork, **OPTIONS)
         write_shards(tales, tokenizer, tmp_path / "s", 64, **OPTIONS)
     finally:
-        os.close(release)
-        assert [os.waitpid(child, 0)[1] for child in children] == [0]
-        os.close(wait)
+        for handle in (wait, release, ready, tell, over, end):
+            os.close(handle)
+    if how == "stopped":
+        os.waitpid(writer, 0)
     assert contents(tmp_path / "s") == contents(whole)
 
 
