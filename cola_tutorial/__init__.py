@@ -19,13 +19,15 @@ _rooms = (
     "text.stories",
     "text.corpus",
     "nn.attention",
+    "processes",
+    "text.shards",
     "vae",
     "flow",
     "dit",
     "objectives",
+    "costs",
     "model",
     "generation",
-    "processes",
     "checkpoints",
     "training",
     "plain",
@@ -33,6 +35,7 @@ _rooms = (
     "evaluation",
     "editing",
     "verify",
+    "report",
     "bench",
     "bench_training",
 )
@@ -43,13 +46,15 @@ if TYPE_CHECKING:
     from cola_tutorial.text.stories import *
     from cola_tutorial.text.corpus import *
     from cola_tutorial.nn.attention import *
+    from cola_tutorial.processes import *
+    from cola_tutorial.text.shards import *
     from cola_tutorial.vae import *
     from cola_tutorial.flow import *
     from cola_tutorial.dit import *
     from cola_tutorial.objectives import *
+    from cola_tutorial.costs import *
     from cola_tutorial.model import *
     from cola_tutorial.generation import *
-    from cola_tutorial.processes import *
     from cola_tutorial.checkpoints import *
     from cola_tutorial.training import *
     from cola_tutorial.plain import *
@@ -57,6 +62,7 @@ if TYPE_CHECKING:
     from cola_tutorial.evaluation import *
     from cola_tutorial.editing import *
     from cola_tutorial.verify import *
+    from cola_tutorial.report import *
     from cola_tutorial.bench import *
     from cola_tutorial.bench_training import *
 

@@ -141,7 +141,8 @@ class DiTBlock(nn.Module):
         skip: int = 0,  # first positions whose output nobody wants
     ) -> Tensor:  # (B, N - skip, dim)
         "The block's output."
-        if row is not None: modulation = _rows_of(self.modulation(modulation), row, 6)
+        # The class's own function: where weights are shared, the instance's gathers them and lets them go again.
+        if row is not None: modulation = _rows_of(DiTBlock.modulation(self, modulation), row, 6)
         shift_a, scale_a, *later = modulation
         norm = lambda x: F.layer_norm(x, x.shape[-1:], eps=self.norm_eps)
         h = torch.addcmul(shift_a, norm(x), scale_a)

@@ -133,7 +133,7 @@ def draw_stage1(
     length: int,  # L
     generator: torch.Generator | None = None,  # source of randomness
     device: torch.device | str | None = None,  # where the noise lives
-) -> Noise:
+) -> Noise:  # of all rows
     "The noise of a step of stage 1."
     normal = lambda: torch.randn(rows, length // vae.patch_size, vae.latent_dim, generator=generator, device=device)
     noise = Noise(posterior=normal())
@@ -231,7 +231,7 @@ def draw_flow(
     block_size: int,  # latents per block, where config.block_sizes has none
     generator: torch.Generator | None = None,  # source of randomness
     device: torch.device | str | None = None,  # where the noise lives
-) -> Noise:
+) -> Noise:  # of all rows
     "Times, pinned prefixes and noise of a step of flow matching; raises `ConfigError` for blocks that do not fill the row."
     if config.block_sizes:
         if any(n % size for size in config.block_sizes): raise ConfigError(f"block_sizes is {config.block_sizes}, but must divide the {n} latents of a row")
@@ -266,7 +266,7 @@ def draw_stage2(
     length: int,  # L
     generator: torch.Generator | None = None,  # source of randomness
     device: torch.device | str | None = None,  # where the noise lives
-) -> Noise:
+) -> Noise:  # of all rows
     "The noise of a step of stage 2."
     n, d = length // vae.patch_size, vae.latent_dim
     normal = lambda: torch.randn(rows, n, d, generator=generator, device=device)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FREE', 'SHOWN', 'learning_rate', 'step_generator', 'make_optimizers', 'NonFiniteError', 'Trainer', 'BatchMemoryError',
-           'Terminated', 'RunLog', 'RunConfig', 'prepare', 'train', 'read_run']
+           'Terminated', 'RunWriter', 'RunConfig', 'prepare', 'train', 'read_run']
 
 # %% ../nbs/10_training.ipynb #6535e8cb
 import hashlib
@@ -32,7 +32,7 @@ from .checkpoints import Checkpoint, CheckpointError, Saver, checkpoints, consol
 from .config import ConfigError, GenerationConfig, LoopConfig, ScaleConfig, Stage1Config, Stage2Config, data_dir, preset
 from .model import ColaDLM, free_folder, read_json, whole_file
 from .objectives import WATCHED, Noise, counted_positions, draw_stage1, draw_stage2, loss_totals, stage1_terms, stage2_terms
-from .processes import Processes, join, share_blocks, share_weights
+from .processes import ALONE, Processes, join, share_blocks, share_weights
 from .text.corpus import batch_indices, documents, documents_from, load_tokenizer, needed_vocabulary
 from .text.corpus import pack, special_ids, split_rows, token_batch, train_tokenizer
 from .text.stories import Grammar
@@ -97,15 +97,16 @@ class Trainer:
         out: str | os.PathLike | None = None,  # run folder for metrics and checkpoints; None: nothing is written
         held_out: Dataset | None = None,  # rows for held-out losses
         sample: Callable[[ColaDLM], str] | None = None,  # called now and then; its text is shown
-        scale: ScaleConfig = ScaleConfig(),  # how it is computed
-        processes: Processes = Processes(),  # who train together
+        scale: ScaleConfig | None = None,  # how it is computed; None: plainly
+        processes: Processes = ALONE,  # who train together
     ):
+        if scale and scale.flex and model.device.type == "cpu": raise ConfigError("scale.flex is True, but flex attention cannot learn on a CPU: leave it out")
         block, length = model.config.tokens_per_block, len(rows[0]["tokens"]) if len(rows) else 0
         if not length or length % block: raise ConfigError(f"{len(rows)} rows of {length} tokens: give at least one, of a multiple of {block} tokens (a block)")
         self.model, self.rows, self.config, self.sample, self.text = model, rows, config, sample, _text_digest(model, rows)
         self.stage = "stage1" if isinstance(config, Stage1Config) else "stage2"
         self.out, self.held_out, self.step, self.length = Path(out) if out else None, held_out, 0, length
-        self.scale, self.processes, self.share, self.averages = scale, processes, processes.share(config.batch_size), 0
+        self.scale, self.processes, self.share, self.averages = scale or ScaleConfig(), processes, processes.share(config.batch_size), 0
         names = ["vae"] if self.stage == "stage1" else ["dit", "vae"] if config.vae_lr_ratio > 0 else ["dit"]
         self.parts = nn.ModuleDict({name: getattr(model, name) for name in names})
         model.requires_grad_(False).eval()
@@ -113,9 +114,9 @@ class Trainer:
         self.optimizers, self.average = make_optimizers(self.parts, config), None
         joint = self.stage == "stage2" and config.vae_lr_ratio > 0 and config.lambda_ref > 0
         self.reference = _frozen_copy(model, processes) if joint else None
-        for part in (model.vae.encoder, model.vae.decoder, model.dit): part.recompute = scale.recompute
-        model.dit.flex = scale.flex
-        self.saver = Saver(self.out, self.stage, config.keep, config.keep_every, scale.async_save, processes) if out else None
+        for part in (model.vae.encoder, model.vae.decoder, model.dit): part.recompute = self.scale.recompute
+        model.dit.flex = self.scale.flex
+        self.saver = Saver(self.out, self.stage, config.keep, config.keep_every, self.scale.async_save, processes) if out else None
         self.ahead, self.next = ThreadPoolExecutor(1), None  # reads the rows of the next step beside this one
 
 
@@ -359,7 +360,7 @@ def _newest(
     config: LoopConfig,  # settings to go on with
     text: str,  # fingerprint of the rows to go on with
     older: bool = False,  # where the newest is damaged, take the one before
-    processes: Processes = Processes(),  # who go on
+    processes: Processes = ALONE,  # who go on
 ) -> Checkpoint | None:  # the newest; None if there is none
     "Where a stage can be taken up; raises `ConfigError` if its settings or its text were others, `CheckpointError` if it is damaged."
     for number, folder in enumerate(reversed(found := checkpoints(out, stage))):
@@ -420,7 +421,7 @@ def run(
 ) -> list[dict]:  # the metrics of every logged step
     "Train to the end (or `until`), logging to metrics.jsonl, with checkpoints and samples on the way; raises `Terminated` after SIGTERM."
     c, history, until, first = self.config, [], self.config.steps if until is None else min(until, self.config.steps), self.processes.first
-    log = RunLog(self.out, self.stage, self.step, self.scale.tensorboard) if self.out and self.step < until and first else None
+    log = RunWriter(self.out, self.stage, self.step, self.scale.tensorboard) if self.out and self.step < until and first else None
     bar = tqdm(total=c.steps, initial=self.step, desc=self.stage, disable=not (progress and first), mininterval=1.0)
     started, done = time.perf_counter(), self.step
     with _asked_to_end() as asked:
@@ -455,7 +456,7 @@ def _speed(self: Trainer, rate: float) -> dict[str, float]:
 
 
 @patch
-def _show_sample(self: Trainer, bar: tqdm, log: "RunLog | None") -> None:
+def _show_sample(self: Trainer, bar: tqdm, log: "RunWriter | None") -> None:
     "Show a text of the averaged weights, and keep it."
     with self.averaged(), torch.compiler.set_stance("force_eager"): text = self.model(self.sample)  # texts have other shapes than batches
     if self.processes.first: bar.write(text)
@@ -463,7 +464,7 @@ def _show_sample(self: Trainer, bar: tqdm, log: "RunLog | None") -> None:
 
 
 # %% ../nbs/10_training.ipynb #e778e26b
-class RunLog:
+class RunWriter:
     "metrics.jsonl and samples.jsonl of a run, one JSON object a line; lines beyond the resumed step are dropped."
 
     def __init__(

@@ -22,11 +22,11 @@ def run(command, *args, cwd=None):
     return subprocess.run([sys.executable, str(path), *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=300)
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "info", "verify", "bench"])
+@pytest.mark.parametrize("command", ["train", "report", "generate", "evaluate", "info", "verify", "bench"])
 def test_help_names_every_option(command, tmp_path):
     done = run(command, "--help", cwd=tmp_path)
     assert done.returncode == 0 and "usage" in done.stdout and "--help" in done.stdout
-    assert "--json" in done.stdout or command in ("train", "generate", "verify")
+    assert "--json" in done.stdout or command in ("train", "report", "generate", "verify")
 
 
 @pytest.mark.parametrize("size, vae, dit", [("full", 501_871_574, 1_829_875_728)])

@@ -17,10 +17,10 @@ from datasets import Dataset, disable_progress_bars
 from safetensors.torch import load_file
 
 from cola_tutorial.config import ColaConfig, ConfigError, DiTConfig, LoopConfig, Stage1Config, Stage2Config, VAEConfig
-from cola_tutorial.checkpoints import Checkpoint, CheckpointError, checkpoints
+from cola_tutorial.checkpoints import CheckpointError, checkpoints
 from cola_tutorial.model import ColaDLM, ModelFileError
 from cola_tutorial.training import (
-    RunLog,
+    RunWriter,
     NonFiniteError,
     RunConfig,
     Trainer,
@@ -150,7 +150,7 @@ def test_metrics_are_one_history(tmp_path, rows):
 def test_lines_behind_the_resumed_step_are_dropped(tmp_path):
     lines = [{"stage": "stage1", "step": n} for n in (1, 2)] + [{"stage": "stage2", "step": n} for n in (1, 2, 3, 4)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    RunLog(tmp_path, "stage2", 3)
+    RunWriter(tmp_path, "stage2", 3)
     assert metrics(tmp_path) == lines[:5]
 
 
