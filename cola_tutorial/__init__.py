@@ -31,11 +31,13 @@ _rooms = (
     "checkpoints",
     "training",
     "plain",
+    "plain_training",
     "evaluation",
     "editing",
     "verify",
     "report",
     "bench",
+    "bench_training",
 )
 
 # %% ../nbs/16_package.ipynb #03a96138
@@ -56,11 +58,13 @@ if TYPE_CHECKING:
     from cola_tutorial.checkpoints import *
     from cola_tutorial.training import *
     from cola_tutorial.plain import *
+    from cola_tutorial.plain_training import *
     from cola_tutorial.evaluation import *
     from cola_tutorial.editing import *
     from cola_tutorial.verify import *
     from cola_tutorial.report import *
     from cola_tutorial.bench import *
+    from cola_tutorial.bench_training import *
 
 # %% ../nbs/16_package.ipynb #cc01df70
 def __getattr__(

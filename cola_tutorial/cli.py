@@ -21,6 +21,7 @@ import torch
 from fastcore.script import call_parse
 
 from .bench import DTYPES, BenchConfig, bench_generation, bench_model
+from .bench_training import TrainBenchConfig, bench_training
 from .checkpoints import consolidate as put_together
 from .config import ColaConfig, ConfigError, data_dir
 from .config import preset as sized
@@ -309,33 +310,39 @@ def verify(
 # %% ../nbs/15_cli.ipynb #0e0efb1e
 @call_parse(pos=["what"])
 def bench(
-    what: str = "generation",  # What is measured
+    what: str = "generation",  # What is measured: generation or training
     size: str = "tiny",  # Preset: tiny, small, full, or a width between such as 512, with random weights
     model: str = None,  # A model folder to measure instead
     block_size: int = None,  # Latents per block. Default: the model's own
-    batch: str = "1,8,32",  # Rows, separated by commas
+    batch: str = None,  # Rows, separated by commas. Default: 1,8,32, or 4,16 for training
     prompt_tokens: int = 24,  # Tokens of every prompt
     new_tokens: int = 64,  # Tokens wanted after it
     steps: int = 16,  # Solver steps
     guidance_scale: float = 3.0,  # 1: one branch
+    length: int = 128,  # Training: tokens of a row
+    stage: str = "prior",  # Training: stage1, prior or joint
+    no_ladder: bool = False,  # Training: without the wasteful steps, for which a large model has no room
+    flex: bool = False,  # Training: with attention by tiles too
     threads: int = None,  # Processor threads. Default: as torch chooses
     device: str = "cpu",  # Where to run, e.g. cuda
     dtype: str = "fp32",  # bf16: with 16-bit weights too
     repeats: int = 20,  # Turns; a ratio from fewer than 20 says little
     compile: bool = False,  # Compiled too
     capture: bool = False,  # Replayed as CUDA graphs too
-    adapter: str = None,  # Another sampler, module:function, called as make(model, device, dtype)
+    adapter: str = None,  # Another implementation, module:function, called as make(model, device, dtype)
     json: str = None,  # A file for the result
 ):
-    "Time generation against the straightforward sampler and the machine's own limits."
+    "Time generation or training against the straightforward way and the machine's own limits."
     with named_errors("cola-bench"):
-        if what != "generation": raise ConfigError(f"what is {what!r}, but must be generation")
+        if what not in ("generation", "training"): raise ConfigError(f"what is {what!r}, but must be generation or training")
+        batch = batch or ("1,8,32" if what == "generation" else "4,16")
         if threads is not None and threads < 1: raise ConfigError(f"threads is {threads}, but must be a whole number >= 1")
         if json and not Path(json).resolve().parent.is_dir(): raise ConfigError(f"json is {json!r}, but its folder does not exist: make it first")
         try: batches = tuple(int(rows) for rows in batch.split(","))
         except ValueError as error: raise ConfigError(f"batch is {batch!r}, but must be whole numbers, separated by commas") from error
-        config = BenchConfig(batches, prompt_tokens, new_tokens, steps, guidance_scale, repeats, dtype, compile, capture)
+        if what == "generation": config = BenchConfig(batches, prompt_tokens, new_tokens, steps, guidance_scale, repeats, dtype, compile, capture)
+        else: config = TrainBenchConfig(batches, length, stage, repeats, dtype, compile, flex, ladder=not no_ladder)
         if threads: torch.set_num_threads(threads)
         for name, value in environment().items(): print(f"{name:14} {value}")
         measured = bench_model(size, model, block_size, _device(device))
-        bench_generation(measured, config, adapter, path=json, environment=environment())
+        (bench_generation if what == "generation" else bench_training)(measured, config, adapter, path=json, environment=environment())

@@ -216,7 +216,9 @@ def test_options_out_of_range_are_named(change):
 @pytest.mark.parametrize(
     "args, words",
     [
-        (["training"], "what is 'training', but must be generation"),
+        (["reading"], "what is 'reading', but must be generation or training"),
+        (["training", "--stage", "stage3"], "stage is 'stage3'"),
+        (["training", "--length", "127"], "length is 127, but must be a multiple of 2 tokens"),
         (["--batch", "1,two"], "batch is '1,two'"),
         (["--threads", "0"], "threads is 0"),
         (["--adapter", "nowhere"], "adapter is 'nowhere'"),
