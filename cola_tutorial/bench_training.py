@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BENCH_STAGES', 'CHECKED', 'LOSS_TOLERANCE', 'LATER_TOLERANCE', 'TrainBenchConfig', 'package_loss', 'compiled_loss',
            'tiled_loss', 'StepCandidate', 'step_candidates', 'check_losses', 'watch_step', 'bench_steps', 'step_table',
-           'bench_training']
+           'measure_training']
 
 # %% ../nbs/18_bench_training.ipynb #9c380853
 import json
@@ -30,7 +30,7 @@ from .config import ConfigError, Stage1Config, Stage2Config
 from .costs import matrix_rates, own_shapes, seconds, training_flops
 from .model import ColaDLM
 from .objectives import Noise, draw_stage1, draw_stage2, stage1_terms, stage2_terms
-from .plain_training import NO_TRAINING_WASTE, LossCall, PlainTrainer, TrainingWaste, plain_loss, training_ladder
+from .plain_training import NO_TRAINING_WASTE, LossCall, PlainTrainer, plain_loss, training_ladder
 from .text.corpus import batch_indices, token_batch
 from .training import Trainer, step_generator
 from .vae import TextVAE
@@ -222,7 +222,7 @@ def check_losses(
     for step, difference in enumerate(differences):
         allowed = LATER_TOLERANCE if step else LOSS_TOLERANCE
         if exact and not difference <= allowed:
-            raise DisagreementError(f"{name}: loss {found[step]:.6g} of step {step} is not {expected[step]:.6g}: {difference:.1e} apart, more than {allowed:.0e}")
+            raise DisagreementError(f"{name}: loss {found[step]:.6g} of step {step} is not {expected[step]:.6g}: {difference:.1e} apart, over {allowed:.0e}")
     return max(differences)
 
 # %% ../nbs/18_bench_training.ipynb #163ee383
@@ -338,7 +338,7 @@ def step_table(
     return lines
 
 
-def bench_training(
+def measure_training(
     model: ColaDLM,  # fp32, from `bench_model`
     config: TrainBenchConfig = TrainBenchConfig(),  # what is measured
     adapter: str | None = None,  # "module:function" of another implementation
