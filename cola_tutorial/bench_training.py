@@ -197,7 +197,7 @@ def _trainer(ground: _Ground) -> Callable[[], Callable[[int], float]]:
         return lambda step: trainer.train_step()["loss"]
     return make
 
-
+# %% ../nbs/18_bench_training.ipynb #24ba8f7e
 def _adapter(ground: _Ground, spec: str) -> StepCandidate:
     "Another implementation, on a copy of the model."
     ground.reset()
@@ -267,7 +267,7 @@ class _Watch(TorchDispatchMode):
         if formula is not None: self.flops += formula(*args, **kwargs, out_val=made)
         return made
 
-
+# %% ../nbs/18_bench_training.ipynb #fe673614
 def watch_step(
     run: Callable[[], Any],  # one step
     device: torch.device,  # where it works
@@ -337,7 +337,7 @@ def step_table(
         )
     return lines
 
-
+# %% ../nbs/18_bench_training.ipynb #f45a0f3c
 def measure_training(
     model: ColaDLM,  # fp32, from `bench_model`
     config: TrainBenchConfig = TrainBenchConfig(),  # what is measured
