@@ -84,8 +84,7 @@ class Saver:
         folder, stack = self.out / "checkpoints" / f"{self.stage}-{step:07d}", ExitStack()
         part = folder.with_name(f".{folder.name}.new")
         self._together(lambda: stack.enter_context(whole_folder(folder)) if self.processes.first else None, stack)
-        if self.processes.first and write_more: self._together(lambda: write_more(part), stack)
-        elif write_more: self._together(lambda: None, stack)
+        if write_more: self._together(lambda: write_more(part) if self.processes.first else None, stack)
         pieces, path = pieces_of(tensors), part / f"pieces-{self.processes.rank:05d}.safetensors"
         if self.pool: written = self.pool.submit(_write_pieces, path, pieces)
         else: written = _done(lambda: _write_pieces(path, pieces))
@@ -158,6 +157,9 @@ class CheckpointError(OSError):
     "A checkpoint cannot be written or read; the message says which, why, and what to do."
 
 
+_OTHER = "take another copy of this checkpoint, or go on from the one before (--older)"
+
+
 class Checkpoint:
     "A checkpoint on disk."
 
@@ -189,9 +191,6 @@ class Checkpoint:
 
 
 # %% ../nbs/10d_checkpoints.ipynb #5cae63ad
-_OTHER = "take another copy of this checkpoint, or go on from the one before (--older)"
-
-
 @patch
 def shape(self: Checkpoint, name: str) -> tuple[int, ...]:
     "The shape of a whole tensor."

@@ -188,6 +188,11 @@ def _totals(self: Trainer, document: Tensor, noise: Noise) -> dict[str, Tensor]:
 
 
 # %% ../nbs/10_training.ipynb #343e5ce3
+def _add_up(values: dict[str, Tensor], terms: dict[str, Tensor], share: float) -> None:
+    "Add the terms of a part of the batch; those that are watched are no parts of a sum, so `share` of them."
+    for name, value in terms.items(): values[name] = values.get(name, 0.0) + (share if name in WATCHED else 1.0) * value.detach()
+
+
 @patch
 def _accumulate(self: Trainer, tokens: Tensor, document: Tensor, noise: Noise, totals: dict[str, Tensor], joint: bool) -> dict[str, Tensor]:
     "Add up the gradients of all parts of this process's share; the values are those of the share."
@@ -201,13 +206,12 @@ def _accumulate(self: Trainer, tokens: Tensor, document: Tensor, noise: Noise, t
             (terms["loss"] * world).backward()
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not _out_of_memory(error): raise
-            refusal = f"{len(tokens[part])} rows at once"
+            refused = f"{len(tokens[part])} rows at once"
         else:
-            for name, value in terms.items():
-                weight = len(tokens[part]) / rows / world if name in WATCHED else 1.0
-                values[name] = values.get(name, 0.0) + weight * value.detach()
+            _add_up(values, terms, len(tokens[part]) / rows / world)
             continue
-        raise self._too_large(refusal, tokens, document, noise, totals, joint)
+        # Behind the handler, whose error would hold the refused part's memory while smaller ones are tried.
+        raise self._too_large(refused, tokens, document, noise, totals, joint)
     return values
 
 # %% ../nbs/10_training.ipynb #e517a6cc
@@ -314,10 +318,8 @@ def held_out_terms(self: Trainer, rows: int = 256) -> dict[str, float]:  # named
     with self.averaged():
         for part in (slice(first, first + size) for first in range(0, rows, size)):
             found = self.terms(tokens[part], document[part], noise[part], totals, self.stage == "stage2" and self.config.vae_lr_ratio > 0)
-            for name, value in found.items():
-                weight = len(tokens[part]) / rows if name in WATCHED else 1.0
-                values[f"held_out_{name}"] = values.get(f"held_out_{name}", 0.0) + weight * value.item()
-    return values
+            _add_up(values, found, len(tokens[part]) / rows)
+    return {f"held_out_{name}": value.item() for name, value in values.items()}
 
 # %% ../nbs/10_training.ipynb #9700812e
 @patch
@@ -429,7 +431,7 @@ def run(
             due = last or end or self.step % c.save_every == 0
             if self.step % c.log_every == 0 or self.step == 1 or last or end:
                 rate = (self.step - done) * c.batch_size * self.length / (time.perf_counter() - started)
-                entry = {"stage": self.stage, "step": self.step} | values | self._speed(rate) | (self.held_out_terms() if due and not end else {})
+                entry = {"stage": self.stage, "step": self.step} | values | {"tokens_per_second": rate} | (self.held_out_terms() if due and not end else {})
                 started, done = time.perf_counter(), self.step
                 history.append(entry)
                 bar.set_postfix({k: f"{v:.3g}" for k, v in entry.items() if k in SHOWN})
@@ -443,13 +445,7 @@ def run(
     return history
 
 
-SHOWN = ("loss", "reconstruction", "flow_matching", "accuracy", "tokens_per_second", "share_of_ceiling")  # beside the progress bar
-
-
-@patch
-def _speed(self: Trainer, rate: float) -> dict[str, float]:
-    "Tokens per second of all processes."
-    return {"tokens_per_second": rate}
+SHOWN = ("loss", "reconstruction", "flow_matching", "accuracy", "tokens_per_second")  # beside the progress bar
 
 # %% ../nbs/10_training.ipynb #07937fc0
 @patch
