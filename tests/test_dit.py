@@ -174,3 +174,41 @@ def test_time_waves_one_by_one():
 def test_times_of_another_shape_are_refused(dit, shape):
     with pytest.raises(ConfigError, match="t has shape .*must be \\(B,\\) or \\(B, N\\)"):
         dit(torch.zeros(2, 6, WIDTH), torch.zeros(shape))
+
+
+def test_documents_in_one_row_are_as_rows_of_their_own():
+    "Rotary positions are relative, so a document does not notice where in a row it stands."
+    dit, (z_0, z_t), t = tiny(block_size=2), latents(2, 12), torch.tensor([0.3, 0.8])
+    documents = torch.tensor([[0] * 4 + [1] * 8]).expand(2, -1)
+    together = dit.two_copy_velocity(z_0, z_t, t, documents=documents)
+    apart = [dit.two_copy_velocity(z_0[:, part], z_t[:, part], t) for part in (slice(0, 4), slice(4, 12))]
+    torch.testing.assert_close(together, torch.cat(apart, 1), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(together, dit.two_copy_velocity(z_0, z_t, t), atol=1e-3)
+
+
+def test_blocks_of_another_size_are_those_of_a_model_of_that_size():
+    dit, (z_0, z_t), t = tiny(block_size=2), latents(2, 12), torch.tensor([0.3, 0.8])
+    other = tiny(block_size=4)
+    other.load_state_dict(dit.state_dict())
+    torch.testing.assert_close(dit.two_copy_velocity(z_0, z_t, t, block_size=4), other.two_copy_velocity(z_0, z_t, t))
+    assert not torch.allclose(dit.two_copy_velocity(z_0, z_t, t, block_size=4), dit.two_copy_velocity(z_0, z_t, t), atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_tiles_see_what_the_mask_shows():
+    dit, (z_0, z_t), t = tiny(block_size=2), latents(2, 12), torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        dense = dit.two_copy_velocity(z_0, z_t, t)
+        dit.flex = True
+        torch.testing.assert_close(dit.two_copy_velocity(z_0, z_t, t), dense, atol=1e-5, rtol=1e-5)
+
+
+def test_activations_made_anew_give_the_same_gradients():
+    found = []
+    for recompute in (False, True):
+        dit, (z_0, z_t), t = tiny(block_size=2), latents(2, 12), torch.tensor([0.3, 0.8])
+        dit.recompute = recompute
+        dit.two_copy_velocity(z_0, z_t, t).pow(2).sum().backward()
+        found.append({name: weight.grad for name, weight in dit.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name])

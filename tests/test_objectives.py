@@ -8,19 +8,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cola_tutorial.config import DiTConfig, Stage1Config, Stage2Config, VAEConfig
+from cola_tutorial.config import ConfigError, DiTConfig, Stage1Config, Stage2Config, VAEConfig
 from cola_tutorial.dit import DiT
 from cola_tutorial.objectives import (
     counted_positions,
+    draw_flow,
+    draw_stage2,
     flow_matching_loss,
     hidden_tokens,
     latent_mask,
+    loss_totals,
     mask_loss,
     mean_over,
     random_prefixes,
     reconstruction_accuracy,
     stage1_terms,
     stage2_terms,
+    summed_token_loss,
     token_loss,
 )
 from cola_tutorial.vae import TextVAE
@@ -292,3 +296,35 @@ def test_reconstruction_accuracy_is_a_share_and_noise_only_hurts():
         optimizer.step()
     clean, middle, noise = reconstruction_accuracy(vae, tokens, counted, [0.0, 0.5, 1.0], source())
     assert clean > 0.95 and clean >= middle > noise and noise < 0.4
+
+
+def test_random_blocks_are_drawn_from_the_list_and_must_fill_the_row():
+    config = Stage2Config(block_sizes=(1, 2, 4))
+    assert {draw_flow(config, 3, 8, 4, 2, source(seed)).block_size for seed in range(40)} == {1, 2, 4}
+    assert draw_flow(Stage2Config(), 3, 8, 4, 2, source()).block_size == 2
+    with pytest.raises(ConfigError, match="block_sizes is .*must divide the 8 latents"):
+        draw_flow(Stage2Config(block_sizes=(2, 3)), 3, 8, 4, 2, source())
+
+
+@pytest.mark.parametrize("most_logits", [9, 50, 2**27])
+def test_the_loss_in_pieces_is_the_loss_of_all_logits_at_once(most_logits):
+    vae, _ = parts()
+    tokens, counted = batch()
+    z = torch.randn(3, 8, 4, generator=source())
+    expected = token_loss(vae.decode(z), tokens)[counted].sum()
+    found = summed_token_loss(vae.decoder, vae.decoder.states(z), tokens, counted, most_logits)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    wanted, given_ = (torch.autograd.grad(loss, list(vae.decoder.parameters())) for loss in (expected, found))
+    for one, other in zip(wanted, given_):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_parts_of_a_batch_add_up_to_its_loss():
+    vae, dit = parts()
+    tokens, counted = batch(rows=4)
+    config = Stage2Config(vae_lr_ratio=1.0, prefix_rate=0.5)
+    noise = draw_stage2(config, vae.config, 4, 8, source())
+    totals = loss_totals(counted, noise, 1)
+    whole = stage2_terms(vae, dit, tokens, counted, config, noise)["loss"].item()
+    some = [slice(0, 1), slice(1, 4)]
+    assert whole == pytest.approx(sum(stage2_terms(vae, dit, tokens[s], counted[s], config, noise[s], totals=totals)["loss"].item() for s in some), rel=1e-5)

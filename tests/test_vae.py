@@ -261,3 +261,16 @@ def test_samples_have_the_posteriors_mean_and_spread():
 def test_latents_are_shifted_then_scaled():
     vae = tiny(scaling_factor=2.0, shifting_factor=0.5)
     assert vae.to_latents(torch.tensor([1.0, 0.5])).tolist() == [1.0, 0.0]
+
+
+def test_documents_in_one_row_are_encoded_and_decoded_as_rows_of_their_own():
+    torch.manual_seed(5)
+    sizes = dict(vocab_size=9, dim=16, ffn_dim=16, num_heads=2, encoder_num_blocks=1, decoder_num_blocks=1, latent_dim=4)
+    vae = TextVAE(VAEConfig(**sizes, block_size=2, init_std=0.3))
+    tokens, documents = torch.randint(0, 9, (2, 12)), torch.tensor([[0] * 4 + [1] * 8]).expand(2, -1)
+    mean = vae.encode(tokens, documents=documents).mean
+    parts = (slice(0, 4), slice(4, 12))
+    torch.testing.assert_close(mean, torch.cat([vae.encode(tokens[:, part]).mean for part in parts], 1), atol=1e-5, rtol=1e-5)
+    states = vae.decoder.states(mean, documents=documents)
+    torch.testing.assert_close(states, torch.cat([vae.decoder.states(mean[:, part]) for part in parts], 1), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(mean, vae.encode(tokens).mean, atol=1e-3)
