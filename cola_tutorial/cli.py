@@ -21,7 +21,7 @@ import torch
 from fastcore.script import call_parse
 
 from .bench import DTYPES, BenchConfig, bench_generation, bench_model
-from .bench_training import TrainBenchConfig, bench_training
+from .bench_training import TrainBenchConfig, measure_training
 from .checkpoints import consolidate as put_together
 from .config import ColaConfig, ConfigError, data_dir
 from .config import preset as sized
@@ -345,4 +345,4 @@ def bench(
         if threads: torch.set_num_threads(threads)
         for name, value in environment().items(): print(f"{name:14} {value}")
         measured = bench_model(size, model, block_size, _device(device))
-        (bench_generation if what == "generation" else bench_training)(measured, config, adapter, path=json, environment=environment())
+        (bench_generation if what == "generation" else measure_training)(measured, config, adapter, path=json, environment=environment())

@@ -264,7 +264,7 @@ def two_copy_velocity(
     flex = self.flex and documents is None
     sights = [Sight(turns, None if flex else two_copy_mask(n, size, z_0.device, documents), clean=n)] * len(self.blocks)
     if flex: sights = [replace(s, flex=two_copy_blocks(n, size, z_0.device, layer == last)) for layer, s in enumerate(sights)]
-    x = self.txt_in["proj"](torch.cat([z_0.detach(), z_t], dim=1))  # (B, 2N, dim)
+    x = self.txt_in["proj"](torch.cat([z_0.detach(), z_t], dim=1).to(self.txt_in["proj"].weight.dtype))  # (B, 2N, dim)
     for layer, block in enumerate(self.blocks):
         given = (x, embedding, sights[layer], layer, row, n if layer == last else 0)  # nobody looks at the clean copy's output
         x = recomputed(block, *given) if self.recompute else block(*given)

@@ -275,7 +275,7 @@ def draw_stage2(
         noise = replace(noise, hidden=hidden_tokens(rows, length, config.mask_rate, generator, device), hidden_posterior=normal())
     return noise
 
-
+# %% ../nbs/08b_stage2.ipynb #f477aeaa
 def stage2_terms(
     vae: TextVAE,  # fixed, or in training if it moves
     dit: DiT,  # the prior in training
@@ -301,7 +301,6 @@ def stage2_terms(
     if joint: terms |= _joint_terms(vae, posterior, z_0, tokens, counted, config, noise, totals, documents, reference, terms["loss"])
     with torch.no_grad():
         return terms | {"log_snr": posterior.log_snr(), "latent_mean": z_0.mean(), "latent_std": z_0.std()}
-
 
 # %% ../nbs/08b_stage2.ipynb #98e539fc
 def _joint_terms(vae, posterior, z_0, tokens, counted, config, noise, totals, documents, reference, loss) -> dict[str, Tensor]:

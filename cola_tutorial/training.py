@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from .checkpoints import Checkpoint, CheckpointError, Saver, checkpoints, consolidate
+from .checkpoints import Checkpoint, CheckpointError, Saver, consolidate, saved_checkpoints
 from .config import ConfigError, GenerationConfig, LoopConfig, ScaleConfig, Stage1Config, Stage2Config, data_dir, preset
 from .model import ColaDLM, free_folder, read_json, whole_file
 from .objectives import WATCHED, Noise, counted_positions, draw_stage1, draw_stage2, loss_totals, stage1_terms, stage2_terms
@@ -210,7 +210,7 @@ def _accumulate(self: Trainer, tokens: Tensor, document: Tensor, noise: Noise, t
         raise self._too_large(refusal, tokens, document, noise, totals, joint)
     return values
 
-
+# %% ../nbs/10_training.ipynb #e517a6cc
 @patch
 def train_step(self: Trainer) -> dict[str, float]:  # named values of this step
     "One optimizer step; raises `NonFiniteError` before anything is applied, and `BatchMemoryError`."
@@ -233,7 +233,6 @@ def train_step(self: Trainer) -> dict[str, float]:  # named values of this step
     if c.ema_decay: self._follow()
     self.step += 1
     return values | {"learning_rate": rate}
-
 
 # %% ../nbs/10_training.ipynb #f85db03c
 class BatchMemoryError(MemoryError):
@@ -302,7 +301,7 @@ def averaged(self: Trainer) -> Iterator[None]:
         if own: self._put(own)
         self.parts.train(modes)
 
-
+# %% ../nbs/10_training.ipynb #350c91a3
 @patch
 @torch.no_grad()
 def held_out_terms(self: Trainer, rows: int = 256) -> dict[str, float]:  # named values, "held_out_" before each name
@@ -319,7 +318,6 @@ def held_out_terms(self: Trainer, rows: int = 256) -> dict[str, float]:  # named
                 weight = len(tokens[part]) / rows if name in WATCHED else 1.0
                 values[f"held_out_{name}"] = values.get(f"held_out_{name}", 0.0) + weight * value.item()
     return values
-
 
 # %% ../nbs/10_training.ipynb #9700812e
 @patch
@@ -363,7 +361,7 @@ def _newest(
     processes: Processes = ALONE,  # who go on
 ) -> Checkpoint | None:  # the newest; None if there is none
     "Where a stage can be taken up; raises `ConfigError` if its settings or its text were others, `CheckpointError` if it is damaged."
-    for number, folder in enumerate(reversed(found := checkpoints(out, stage))):
+    for number, folder in enumerate(reversed(found := saved_checkpoints(out, stage))):
         try:
             newest = Checkpoint(folder)
             newest.verify(processes)
@@ -377,7 +375,7 @@ def _newest(
     if newest.state["text"] != text: raise ConfigError(f"{folder} was made from another text or tokenizer: use the same, or another --out folder")
     return newest
 
-
+# %% ../nbs/10_training.ipynb #fdfd0014
 @patch
 def resume(self: Trainer, older: bool = False) -> bool:  # False if there is no checkpoint to resume from
     "Continue from the newest checkpoint of this stage, or from the one before if it is damaged and `older`; raises as `_newest` does."
@@ -396,7 +394,6 @@ def resume(self: Trainer, older: bool = False) -> bool:  # False if there is no 
     self.step, self.averages = newest.step, newest.state["averages"]
     return True
 
-
 # %% ../nbs/10_training.ipynb #eb01cb4a
 class Terminated(Exception):
     "The process was asked to end (SIGTERM); a checkpoint of the last step was written before."
@@ -412,7 +409,7 @@ def _asked_to_end() -> Iterator[Callable[[], bool]]:
     finally:
         if before is not None: signal.signal(signal.SIGTERM, before)
 
-
+# %% ../nbs/10_training.ipynb #4e8d9772
 @patch
 def run(
     self: Trainer,
@@ -454,14 +451,13 @@ def _speed(self: Trainer, rate: float) -> dict[str, float]:
     "Tokens per second of all processes."
     return {"tokens_per_second": rate}
 
-
+# %% ../nbs/10_training.ipynb #07937fc0
 @patch
 def _show_sample(self: Trainer, bar: tqdm, log: "RunWriter | None") -> None:
     "Show a text of the averaged weights, and keep it."
     with self.averaged(), torch.compiler.set_stance("force_eager"): text = self.model(self.sample)  # texts have other shapes than batches
     if self.processes.first: bar.write(text)
     if log: log.write_sample(self.step, text)
-
 
 # %% ../nbs/10_training.ipynb #e778e26b
 class RunWriter:
@@ -656,16 +652,16 @@ def _train_stage(trainer: Trainer, model_folder: Path, progress: bool, older: bo
     trainer.resume(older)
     trainer.run(progress=progress)
     if trainer.average: trainer._put(trainer.average)
-    found = checkpoints(trainer.out, trainer.stage)
+    found = saved_checkpoints(trainer.out, trainer.stage)
     # A finished prior must not be overwritten by stage 1, which has none, when the same run is asked for again.
-    if trainer.processes.first and (trainer.stage == "stage2" or not checkpoints(trainer.out, "stage2")): consolidate(found[-1], model_folder)
+    if trainer.processes.first and (trainer.stage == "stage2" or not saved_checkpoints(trainer.out, "stage2")): consolidate(found[-1], model_folder)
     trainer.processes.gather(None)
 
 
 def _refuse_other_run(run: RunConfig, out: Path) -> None:
     "Raise `ConfigError` where `out` holds the results of a run on other text or of another size."
     path = out / "run.json"
-    if not path.exists() or not ((out / "model").exists() or checkpoints(out, "stage1") or checkpoints(out, "stage2")): return
+    if not path.exists() or not ((out / "model").exists() or saved_checkpoints(out, "stage1") or saved_checkpoints(out, "stage2")): return
     then, now = json.loads(json.dumps(read_json(path))), json.loads(json.dumps(asdict(run)))
     changed = [f"{k}: {then[k]!r} then, {now[k]!r} now" for k in now.keys() & then.keys() - {"stage1", "stage2", "generation", "scale"} if then[k] != now[k]]
     if changed: raise ConfigError(f"{out} holds another run ({'; '.join(sorted(changed))}): choose another folder, or the same settings")

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cola_tutorial import bench_training as room
 from cola_tutorial.bench import DisagreementError
-from cola_tutorial.bench_training import CHECKED, TrainBenchConfig, bench_training, check_losses, package_loss, watch_step
+from cola_tutorial.bench_training import CHECKED, TrainBenchConfig, check_losses, measure_training, package_loss, watch_step
 from cola_tutorial.config import ConfigError, Stage1Config, Stage2Config
 from cola_tutorial.costs import training_flops
 from cola_tutorial.objectives import draw_stage1, draw_stage2
@@ -27,7 +27,7 @@ QUICK = TrainBenchConfig(batches=(1, 2), length=8, repeats=2)
 BARE = replace(QUICK, batches=(2,), ladder=False, loader=False)
 OWN = ["the package's step", "+ its loader, in the step", "+ its loader, ahead"]
 STAGES = {"stage1": Stage1Config(), "prior": Stage2Config(), "joint": Stage2Config(vae_lr_ratio=1.0, lambda_ref=0.0)}
-quiet = partial(bench_training, report=lambda line: None, edges=(16,))
+quiet = partial(measure_training, report=lambda line: None, edges=(16,))
 
 
 @pytest.mark.parametrize("waste", [TrainingWaste(), NO_TRAINING_WASTE], ids=["all", "none"])
@@ -47,7 +47,7 @@ def test_arithmetic_of_a_step_is_that_of_its_plain_products(stage, waste):
 def test_every_rung_is_there_and_the_file_is_json(stage, tmp_path):
     said, path, model = [], tmp_path / "result.json", small()
     first = deepcopy(model.state_dict())
-    result = bench_training(model, replace(QUICK, stage=stage), report=said.append, path=path, edges=(16,), machine="this one")
+    result = measure_training(model, replace(QUICK, stage=stage), report=said.append, path=path, edges=(16,), machine="this one")
     refuse = lambda word: pytest.fail(f"{word} is no JSON")
     assert json.loads(path.read_text(), parse_constant=refuse) == json.loads(json.dumps(result)) and result["machine"] == "this one"
     names = [*dict(training_ladder(stage != "stage1", stage != "prior")), *OWN]
@@ -179,7 +179,10 @@ def test_options_out_of_range_are_named(change):
         replace(QUICK, **({"stage": "stage1"} | change))
 
 
-@pytest.mark.parametrize("model, config, words", [({}, {"length": 6}, "^length is 6, but must be a multiple of 4"), ({}, {"flex": True}, "^flex is True"), ({"dropout": 0.1}, {}, "dropout")])
+@pytest.mark.parametrize(
+    "model, config, words",
+    [({}, {"length": 6}, "^length is 6, but must be a multiple of 4"), ({}, {"flex": True}, "^flex is True"), ({"dropout": 0.1}, {}, "dropout")],
+)
 def test_what_cannot_be_compared_is_refused(model, config, words):
     with pytest.raises(ConfigError, match=words):
         quiet(small(**model), replace(QUICK, **config))

@@ -7,6 +7,8 @@ import pickle
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import tracemalloc
 from collections import Counter
@@ -264,6 +266,34 @@ def test_killed_at_every_moment(tales, tokenizer, tmp_path):
     assert max(written) == count  # what was whole was not written again
 
 
+KILLED = """
+import os, signal, sys
+from tokenizers import Tokenizer
+from cola_tutorial.text.corpus import documents
+from cola_tutorial.text.shards import write_shards
+source, tokenizer, folder = sys.argv[1:]
+stop = lambda shard: os.kill(os.getpid(), signal.SIGKILL)
+options = {"fingerprint": "x", "shard_tokens": 50_000}
+write_shards(documents(source, streaming=True), Tokenizer.from_file(tokenizer), folder, 64, processes=2, report=stop, **options)
+"""
+
+
+def test_workers_of_a_killed_process_end_and_hold_nothing(tokenizer, tmp_path):
+    "The next run begins at once, while they may still live; and their end of the pipe is closed when they are dead."
+    texts = [text * 40 for text in made_texts(200)]  # many large messages are on the way, one of them perhaps by half
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    command = [sys.executable, "-c", KILLED, *(str(tmp_path / name) for name in ("a.jsonl", "tokenizer.json", "s"))]
+    root = Path(__file__).resolve().parent.parent
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root) as process:
+        assert process.wait(60) == -signal.SIGKILL
+        found = documents(tmp_path / "a.jsonl", streaming=True)
+        for folder in ("s", "t"):
+            write_shards(found, tokenizer, tmp_path / folder, 64, fingerprint="x", shard_tokens=50_000)
+        process.communicate(timeout=30)
+    assert contents(tmp_path / "s") == contents(tmp_path / "t")
+
+
 def test_every_prefix_of_a_file_may_be_left(tales, tokenizer, whole, copy):
     "The process died while it wrote: what is left of the last shard does not matter."
     index = json.loads((copy / "index.json").read_bytes())
@@ -402,6 +432,45 @@ def test_two_writers_of_one_folder(tales, tokenizer, tmp_path):
     seen = []
     rows = write_shards(tales, tokenizer, tmp_path / "s", 64, report=again, **OPTIONS)
     assert len(seen) == len(rows.shards)
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_a_forked_process_holds_no_lock(tales, tokenizer, whole, tmp_path, how):
+    "A process that writes forks another and is killed, or stops; the other lives on."
+    (wait, release), (ready, tell), (over, end) = os.pipe(), os.pipe(), os.pipe()
+
+    def fork(shard):
+        if not os.fork():
+            os.write(tell, b"ready")
+            os.read(wait, 1)  # until the test lets go
+            os._exit(0)
+        os.read(ready, 5)
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise KeyboardInterrupt
+
+    writer = os.fork()
+    if not writer:
+        try:
+            os.close(release)
+            with pytest.raises(KeyboardInterrupt):
+                write_shards(tales, tokenizer, tmp_path / "s", 64, report=fork, **OPTIONS)
+            os.write(end, b"stopped")
+            os.read(wait, 1)
+        finally:
+            os._exit(0)
+    if how == "killed":
+        assert os.WIFSIGNALED(os.waitpid(writer, 0)[1])
+    else:
+        assert os.read(over, 7) == b"stopped"
+    try:
+        write_shards(tales, tokenizer, tmp_path / "s", 64, **OPTIONS)
+    finally:
+        for handle in (wait, release, ready, tell, over, end):
+            os.close(handle)
+    if how == "stopped":
+        os.waitpid(writer, 0)
+    assert contents(tmp_path / "s") == contents(whole)
 
 
 def test_disk_that_takes_no_more(tales, tokenizer, whole, tmp_path):

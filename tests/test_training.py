@@ -17,7 +17,7 @@ from datasets import Dataset, disable_progress_bars
 from safetensors.torch import load_file
 
 from cola_tutorial.config import ColaConfig, ConfigError, DiTConfig, LoopConfig, Stage1Config, Stage2Config, VAEConfig
-from cola_tutorial.checkpoints import CheckpointError, checkpoints
+from cola_tutorial.checkpoints import CheckpointError, saved_checkpoints
 from cola_tutorial.model import ColaDLM, ModelFileError
 from cola_tutorial.training import (
     RunWriter,
@@ -179,7 +179,7 @@ def test_half_written_folders_are_not_checkpoints(tmp_path, rows):
     trainer.run(until=2, progress=False)
     for name in (".stage1-0000004.x7", "stage1-0000004.part", "stage1-9", "stage2-0000006"):
         shutil.copytree(tmp_path / "checkpoints" / "stage1-0000002", tmp_path / "checkpoints" / name)
-    assert [path.name for path in checkpoints(tmp_path, "stage1")] == ["stage1-0000002"]
+    assert [path.name for path in saved_checkpoints(tmp_path, "stage1")] == ["stage1-0000002"]
     second = Trainer(small(), rows, STAGE1, tmp_path)
     assert second.resume() and second.step == 2
 
@@ -366,7 +366,7 @@ def test_a_text_file_becomes_a_model(finished):
     assert stage1[-1] < stage1[0] and all(
         "held_out_loss" in line for line in metrics(finished) if line["step"] % 2 == 0
     )
-    stored = load_file(checkpoints(finished, "stage2")[-1] / PIECES)
+    stored = load_file(saved_checkpoints(finished, "stage2")[-1] / PIECES)
     last = {k.removeprefix("average."): v for k, v in stored.items() if k.startswith("average.")}
     assert_same(last, {k: v for k, v in model.state_dict().items() if k in last})
     assert {"run.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model"} == {path.name for path in finished.iterdir()}
@@ -537,12 +537,12 @@ def test_a_killed_process_continues_bit_for_bit_in_another(finished, text, tmp_p
         pytest.fail(process.stderr.read().decode())
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert [path.name for path in checkpoints(out, "stage2")] == ["stage2-0000002", "stage2-0000004"]
+    assert [path.name for path in saved_checkpoints(out, "stage2")] == ["stage2-0000002", "stage2-0000004"]
     process = child(CHILD, text, out, finished.parent / "cache")
     _, errors = process.communicate(b"", timeout=120)
     assert process.returncode == 0, errors.decode()
     assert_same(ColaDLM.from_pretrained(out / "model").state_dict(), ColaDLM.from_pretrained(finished / "model").state_dict())
-    for ours, theirs in zip(checkpoints(out, "stage2"), checkpoints(finished, "stage2")):
+    for ours, theirs in zip(saved_checkpoints(out, "stage2"), saved_checkpoints(finished, "stage2")):
         assert_same(load_file(ours / PIECES), load_file(theirs / PIECES))
     lines = [line for line in metrics(out) if line["stage"] == "stage2"]
     assert lines == [line for line in metrics(finished) if line["stage"] == "stage2"]
@@ -593,4 +593,4 @@ def test_a_process_killed_at_any_stage_of_a_save_leaves_a_run_that_continues(row
         assert trainer.resume() and trainer.step == step
         trainer.run(progress=False)
         assert_same(snapshot(whole), snapshot(trainer))
-        assert checkpoints(tmp_path / str(number), "stage1")[-1].name == "stage1-0000006"
+        assert saved_checkpoints(tmp_path / str(number), "stage1")[-1].name == "stage1-0000006"
