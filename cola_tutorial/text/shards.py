@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARD_FORMAT', 'SHARD_LAYOUTS', 'best_fit', 'write_shards', 'ShardedRows', 'open_shards', 'batches']
 
-# %% ../../nbs/03b_shards.ipynb #7c7711d6
+# %% ../../nbs/03b_shards.ipynb #196e5c40
 import hashlib
 import itertools
 import json
@@ -30,7 +30,7 @@ from ..config import END, PAD
 from .corpus import CorpusError, batch_indices, check_packing, encode_pieces, needed_vocabulary, packed_rows
 from .corpus import PIECE, piece_groups, read_literally, special_ids, token_batch
 
-# %% ../../nbs/03b_shards.ipynb #e9ee0de8
+# %% ../../nbs/03b_shards.ipynb #48c472fc
 def best_fit(
     sizes: np.ndarray,  # of the pieces, (p,), each from 1 to `capacity`
     capacity: int,  # of a row, in the same unit
@@ -52,7 +52,7 @@ def best_fit(
             filled |= 1 << room
     return rows
 
-# %% ../../nbs/03b_shards.ipynb #4824858f
+# %% ../../nbs/03b_shards.ipynb #79ac229c
 def _filled_rows(
     tokens: np.ndarray,  # all pieces one after another, (n,)
     sizes: np.ndarray,  # tokens in each piece, (p,), from 1 to `length`
@@ -75,7 +75,7 @@ def _filled_rows(
     owner[target] = np.repeat(np.arange(len(row)) - first[row], sizes)
     return out.reshape(-1, length), owner.reshape(-1, length)
 
-# %% ../../nbs/03b_shards.ipynb #557379d2
+# %% ../../nbs/03b_shards.ipynb #f8ea1f37
 def _best_fit_blocks(
     encoded: Iterable[tuple[np.ndarray, bool]],  # token ids of a piece, (n,), and whether it ends its document
     length: int,  # of a row
@@ -101,7 +101,7 @@ def _best_fit_blocks(
             yield _filled_rows(np.concatenate(held), np.array(sizes), length, multiple_of, pad)
             held, sizes, taken = [], [], 0
 
-# %% ../../nbs/03b_shards.ipynb #95473b3f
+# %% ../../nbs/03b_shards.ipynb #3660e5b6
 def _blocks(encoded: Iterable[tuple[np.ndarray, bool]], settings: dict) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     "Rows of any layout, some at a time: tokens (r, length), document (r, length)."
     length, layout, pad, end = (settings[name] for name in ("length", "layout", "pad", "end"))
@@ -112,7 +112,7 @@ def _blocks(encoded: Iterable[tuple[np.ndarray, bool]], settings: dict) -> Itera
     while block := list(itertools.islice(rows, 256)):
         yield tuple(np.stack([row[name] for row in block]) for name in ("tokens", "document"))
 
-# %% ../../nbs/03b_shards.ipynb #3403db41
+# %% ../../nbs/03b_shards.ipynb #a922910c
 def _runs(
     document: np.ndarray,  # (r, length), every row begins with a document
 ) -> tuple[np.ndarray, np.ndarray]:  # tokens of each document and padding behind it, (m, 2); documents in each row, (r,)
@@ -135,7 +135,7 @@ def _unrolled(
     number = np.arange(len(runs)) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.repeat(np.stack([number, np.full_like(number, -1)], 1).ravel(), runs.ravel()).reshape(-1, length)
 
-# %% ../../nbs/03b_shards.ipynb #d7bcc1e7
+# %% ../../nbs/03b_shards.ipynb #f475aef4
 SHARD_FORMAT = 1  # number of the format of shards: a change of what the files hold needs another
 
 
@@ -161,7 +161,7 @@ def _sections(settings: dict, rows: int, segments: int) -> tuple[dict, int]:
         at += math.prod(shape) * np.dtype(kind).itemsize
     return parts, at
 
-# %% ../../nbs/03b_shards.ipynb #edaed73d
+# %% ../../nbs/03b_shards.ipynb #f1423dbb
 @contextmanager
 def _naming(path: Path, done: str = "written") -> Iterator[None]:
     "What the disk refuses inside becomes a `CorpusError`."
@@ -203,7 +203,7 @@ def _sync(folder: Path) -> None:
     finally:
         os.close(handle)
 
-# %% ../../nbs/03b_shards.ipynb #687edbcb
+# %% ../../nbs/03b_shards.ipynb #0aa8ed47
 def _write_shard(path: Path, number: int, blocks: Iterable[tuple[np.ndarray, np.ndarray]], settings: dict) -> dict | None:
     "Write one shard, its tokens as they come; gives its line for the index, or None where there is no row."
     blocks, digest, size, counts, runs = iter(blocks), hashlib.sha256(), 0, [np.zeros(1, np.int64)], []
@@ -231,7 +231,7 @@ def _write_shard(path: Path, number: int, blocks: Iterable[tuple[np.ndarray, np.
     rows, filled = sum(map(len, counts)) - 1, int(runs[:, 0].sum(dtype=np.int64))
     return {"rows": rows, "segments": len(runs), "tokens": filled, "bytes": size, "sha256": digest.hexdigest()}
 
-# %% ../../nbs/03b_shards.ipynb #d2c1463c
+# %% ../../nbs/03b_shards.ipynb #200c3e1b
 def _write_index(folder: Path, index: dict) -> None:
     "Write index.json anew."
     with _whole(folder / "index.json") as write:
@@ -259,7 +259,7 @@ def _read_index(folder: Path) -> dict:
         raise CorpusError(f"{path}: not the index of shards, or damaged ({error!r}). {again}.") from error
     return index
 
-# %% ../../nbs/03b_shards.ipynb #0091494e
+# %% ../../nbs/03b_shards.ipynb #3533b956
 def _check_shard(folder: Path, index: dict, number: int, verify: bool = False) -> None:
     "Raise `CorpusError` unless the file of a shard is there, of its size and its set; `verify`: and has its sha256."
     path, wanted = folder / _name(number), index["shards"][number]
@@ -277,7 +277,7 @@ def _check_shard(folder: Path, index: dict, number: int, verify: bool = False) -
     except OSError as error:
         raise CorpusError(f"{path}: cannot be read ({error.strerror}). {mend}.") from error
 
-# %% ../../nbs/03b_shards.ipynb #d46884d7
+# %% ../../nbs/03b_shards.ipynb #d4c3c913
 def _die_with_parent(worker: int) -> None:
     "For a worker: a thread that ends it when its parent is gone, also where it waits for the other half of a message."
     parent, first = multiprocessing.parent_process().sentinel, os.getppid()
@@ -289,7 +289,7 @@ def _die_with_parent(worker: int) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../../nbs/03b_shards.ipynb #3c623ad6
+# %% ../../nbs/03b_shards.ipynb #19b002eb
 class _Encoder:
     "Encodes groups of pieces, here or in a worker."
 
@@ -329,7 +329,7 @@ def _encoded_by(documents: Dataset | IterableDataset, tokenizer: Tokenizer, proc
     for ids, ends in groups:
         yield from zip(ids, ends, strict=True)
 
-# %% ../../nbs/03b_shards.ipynb #7c48a343
+# %% ../../nbs/03b_shards.ipynb #1a26060a
 class _Taken:
     "Pieces from `encoded` until they have `most` tokens; counts them."
 
@@ -341,7 +341,7 @@ class _Taken:
             self.pieces, self.tokens = self.pieces + 1, self.tokens + len(piece[0]) + piece[1]
             yield piece
 
-
+# %% ../../nbs/03b_shards.ipynb #86d6b655
 _locks: set[int] = set()  # handles of the folders that this process writes into
 
 
@@ -376,7 +376,7 @@ def _only_writer(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_UN)
             os.close(handle)
 
-
+# %% ../../nbs/03b_shards.ipynb #0a4f4dd8
 def _begun(folder: Path, settings: dict) -> dict:
     "The index to go on with. Raises `CorpusError` where the folder holds something else."
     if not (folder / "index.json").exists():
@@ -393,7 +393,7 @@ def _begun(folder: Path, settings: dict) -> dict:
         _check_shard(folder, index, number)
     return index
 
-# %% ../../nbs/03b_shards.ipynb #0390bee9
+# %% ../../nbs/03b_shards.ipynb #383080ae
 SHARD_LAYOUTS = ("best_fit", "document", "stream")
 
 
@@ -415,7 +415,7 @@ def _settings(documents, tokenizer: Tokenizer, fingerprint: str | None, pad: str
     known = {"documents": content, "tokenizer": _digest(tokenizer), "vocabulary": needed_vocabulary(tokenizer), "piece": PIECE}
     return known | options | ids
 
-# %% ../../nbs/03b_shards.ipynb #3c976467
+# %% ../../nbs/03b_shards.ipynb #33f08481
 def write_shards(
     documents: Dataset | IterableDataset,  # from `documents` or `documents_from`, streamed or not
     tokenizer: Tokenizer,  # with `pad` and `end`
@@ -447,7 +447,7 @@ def write_shards(
             _write_missing(documents, tokenizer, folder, index, processes, report)
     return open_shards(folder)
 
-# %% ../../nbs/03b_shards.ipynb #ed331a82
+# %% ../../nbs/03b_shards.ipynb #3229722e
 def _write_missing(documents, tokenizer: Tokenizer, folder: Path, index: dict, processes: int, report: Callable | None) -> None:
     "Write the shards that are not there yet, and the index behind each."
     settings, done = index["settings"], sum(shard["pieces"] for shard in index["shards"])
@@ -469,7 +469,7 @@ def _write_missing(documents, tokenizer: Tokenizer, folder: Path, index: dict, p
     index["complete"] = True
     _write_index(folder, index)
 
-# %% ../../nbs/03b_shards.ipynb #c2cf9b8b
+# %% ../../nbs/03b_shards.ipynb #3e657009
 class ShardedRows:
     "Packed rows in mapped files: `rows[i]`, `rows[indices]` and `len(rows)` as those of `pack`; can be sent to other processes."
 
@@ -502,7 +502,7 @@ class ShardedRows:
         indices = self._numbers(indices)
         return ShardedRows(self.folder, {"settings": self.settings, "shards": self.shards}, indices)
 
-# %% ../../nbs/03b_shards.ipynb #86f52e16
+# %% ../../nbs/03b_shards.ipynb #a1f525f6
 @patch
 def _numbers(self: ShardedRows, index) -> np.ndarray:
     "Numbers of rows in the shards, (n,), for numbers of rows on offer."
@@ -527,7 +527,7 @@ def _map(self: ShardedRows, number: int) -> dict[str, np.ndarray]:
         self._maps[number] = {name: cut(*part) for name, part in parts.items()}
     return self._maps[number]
 
-# %% ../../nbs/03b_shards.ipynb #3d147b6e
+# %% ../../nbs/03b_shards.ipynb #9a04bb60
 @patch
 def _read(self: ShardedRows, indices: np.ndarray) -> dict[str, torch.Tensor]:
     "Rows by their numbers in the shards, shard by shard: tokens and document, (n, length) int64."
@@ -562,7 +562,7 @@ def __getitem__(self: ShardedRows, index) -> dict[str, torch.Tensor]:
         return {name: value[0] for name, value in self._read(self._numbers(operator.index(index))).items()}
     return self._read(self._numbers(index))
 
-# %% ../../nbs/03b_shards.ipynb #49e3344b
+# %% ../../nbs/03b_shards.ipynb #c9887c3b
 def open_shards(
     folder: str | os.PathLike,  # that `write_shards` has written
     *,
@@ -580,7 +580,7 @@ def open_shards(
         _check_shard(folder, index, number, verify)
     return ShardedRows(folder, index)
 
-# %% ../../nbs/03b_shards.ipynb #529577f0
+# %% ../../nbs/03b_shards.ipynb #49a5e7cd
 class _Steps:
     "Batches by their step."
 
