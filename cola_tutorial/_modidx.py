@@ -523,6 +523,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'cola_tutorial/plain_training.py'),
                                               'cola_tutorial.plain_training.TrainingWaste': ( 'plain_training.html#trainingwaste',
                                                                                               'cola_tutorial/plain_training.py'),
+                                              'cola_tutorial.plain_training._attend': ( 'plain_training.html#_attend',
+                                                                                        'cola_tutorial/plain_training.py'),
                                               'cola_tutorial.plain_training._encode': ( 'plain_training.html#_encode',
                                                                                         'cola_tutorial/plain_training.py'),
                                               'cola_tutorial.plain_training._flow_loss': ( 'plain_training.html#_flow_loss',

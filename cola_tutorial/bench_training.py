@@ -7,7 +7,7 @@ __all__ = ['BENCH_STAGES', 'CHECKED', 'LOSS_TOLERANCE', 'LATER_TOLERANCE', 'Trai
            'tiled_loss', 'StepCandidate', 'step_candidates', 'check_losses', 'watch_step', 'bench_steps', 'step_table',
            'measure_training']
 
-# %% ../nbs/18_bench_training.ipynb #9c380853
+# %% ../nbs/18_bench_training.ipynb #74068d5a
 import json
 import os
 import weakref
@@ -35,7 +35,7 @@ from .text.corpus import batch_indices, token_batch
 from .training import Trainer, step_generator
 from .vae import TextVAE
 
-# %% ../nbs/18_bench_training.ipynb #de4398fb
+# %% ../nbs/18_bench_training.ipynb #7ff7a27c
 BENCH_STAGES = ("stage1", "prior", "joint")
 
 
@@ -68,7 +68,7 @@ class TrainBenchConfig:
         if self.stage == "stage1": return Stage1Config(**same)
         return Stage2Config(**same, ema_decay=0.0, vae_lr_ratio=1.0 if self.stage == "joint" else 0.0)
 
-# %% ../nbs/18_bench_training.ipynb #d826671e
+# %% ../nbs/18_bench_training.ipynb #9143431e
 def package_loss(
     model: ColaDLM,  # in training
     tokens: Tensor,  # (B, L) int64
@@ -113,7 +113,7 @@ def tiled_loss(
         finally: model.dit.flex = False
     return call
 
-# %% ../nbs/18_bench_training.ipynb #c2c14935
+# %% ../nbs/18_bench_training.ipynb #955826fe
 CHECKED = 3  # steps whose losses are compared
 
 
@@ -157,7 +157,7 @@ class _Ground:
         self.model.load_state_dict(self.first)
         for optimizer in self.optimizers.values(): optimizer.state.clear()
 
-# %% ../nbs/18_bench_training.ipynb #af9971fc
+# %% ../nbs/18_bench_training.ipynb #f9f925c8
 def step_candidates(
     ground: _Ground,  # model, rows and noise
     adapter: str | None = None,  # "module:function" of another implementation
@@ -188,7 +188,7 @@ def step_candidates(
         out.append(StepCandidate(f"+ {name}", stepper(own, precision=config.dtype), **last, compiled=name == "compile"))
     return out + ([_adapter(ground, adapter)] if adapter else [])
 
-
+# %% ../nbs/18_bench_training.ipynb #7813908e
 def _trainer(ground: _Ground) -> Callable[[], Callable[[int], float]]:
     "The package's trainer, which reads the rows of the next step beside this one."
     def make():
@@ -197,7 +197,7 @@ def _trainer(ground: _Ground) -> Callable[[], Callable[[int], float]]:
         return lambda step: trainer.train_step()["loss"]
     return make
 
-# %% ../nbs/18_bench_training.ipynb #24ba8f7e
+
 def _adapter(ground: _Ground, spec: str) -> StepCandidate:
     "Another implementation, on a copy of the model."
     ground.reset()
@@ -205,7 +205,7 @@ def _adapter(ground: _Ground, spec: str) -> StepCandidate:
     found = load_adapter(spec, model, dtype)
     return StepCandidate(spec, lambda: lambda step: found.write.step(*ground.given[step % CHECKED]), dtype, found.exact, later=False)
 
-# %% ../nbs/18_bench_training.ipynb #2507b6a5
+# %% ../nbs/18_bench_training.ipynb #9545cf45
 LOSS_TOLERANCE, LATER_TOLERANCE = 1e-5, 1e-4  # largest relative difference of the first loss, and of those after an update
 
 
@@ -222,10 +222,11 @@ def check_losses(
     for step, difference in enumerate(differences):
         allowed = LATER_TOLERANCE if step else LOSS_TOLERANCE
         if exact and not difference <= allowed:
-            raise DisagreementError(f"{name}: loss {found[step]:.6g} of step {step} is not {expected[step]:.6g}: {difference:.1e} apart, over {allowed:.0e}")
+            told = f"loss {found[step]:.6g} of step {step} is not {expected[step]:.6g}"
+            raise DisagreementError(f"{name}: {told}: {difference:.1e} apart, more than {allowed:.0e}")
     return max(differences)
 
-# %% ../nbs/18_bench_training.ipynb #163ee383
+# %% ../nbs/18_bench_training.ipynb #c90bb11a
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_, **__) -> int:
     "Operations of q k^T and of the weighted sum of v, for all pairs, the hidden ones too."
     return 2 * query.shape[:-1].numel() * key.shape[2] * (query.shape[3] + value.shape[3])
@@ -236,7 +237,7 @@ _FORMULAS = flop_registry | {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda slope, *given, **more: 2 * _attention(*given, **more),
 }
 
-
+# %% ../nbs/18_bench_training.ipynb #5ac90220
 class _Watch(TorchDispatchMode):
     "Adds up the operations of all products, and the bytes of all tensors that are made until they are forgotten."
 
@@ -267,7 +268,7 @@ class _Watch(TorchDispatchMode):
         if formula is not None: self.flops += formula(*args, **kwargs, out_val=made)
         return made
 
-# %% ../nbs/18_bench_training.ipynb #fe673614
+
 def watch_step(
     run: Callable[[], Any],  # one step
     device: torch.device,  # where it works
@@ -279,7 +280,7 @@ def watch_step(
     with _Watch() as watch: run()
     return watch.flops, torch.cuda.max_memory_allocated(device) - before if gpu else watch.most
 
-# %% ../nbs/18_bench_training.ipynb #d6fa3a79
+# %% ../nbs/18_bench_training.ipynb #ce102d57
 def bench_steps(
     model: ColaDLM,  # fp32, from `bench_model`; ends with its first weights
     batch: int,  # rows B
@@ -297,7 +298,8 @@ def bench_steps(
         first = seconds(lambda run=run, losses=losses: losses.append(float(run(0))), model.device)  # a compiler's time is in this one
         losses += [float(run(step)) for step in range(1, CHECKED)]
         expected = expected or losses
-        rows.append({"name": one.name, "dtype": one.dtype, "loss": losses[0], "difference": check_losses(one.name, losses, expected, one.exact, one.later)})
+        difference = check_losses(one.name, losses, expected, one.exact, one.later)
+        rows.append({"name": one.name, "dtype": one.dtype, "loss": losses[0], "difference": difference})
         for weight in model.parameters(): weight.grad = None
         again = runs[one.name] = _numbered(run, CHECKED)
         seen = model.device.type == "cuda" or not one.compiled
@@ -319,7 +321,7 @@ def _numbered(run: Callable[[int], Any], first: int) -> Callable[[], Any]:
     numbers = iter(range(first, 2**62))
     return lambda: run(next(numbers))
 
-# %% ../nbs/18_bench_training.ipynb #14bcc225
+# %% ../nbs/18_bench_training.ipynb #3bced5c1
 def step_table(
     result: dict[str, Any],  # from `bench_steps`
 ) -> list[str]:  # lines of text
@@ -337,7 +339,7 @@ def step_table(
         )
     return lines
 
-# %% ../nbs/18_bench_training.ipynb #f45a0f3c
+# %% ../nbs/18_bench_training.ipynb #1df41956
 def measure_training(
     model: ColaDLM,  # fp32, from `bench_model`
     config: TrainBenchConfig = TrainBenchConfig(),  # what is measured

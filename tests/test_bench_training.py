@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cola_tutorial import bench_training as room
 from cola_tutorial.bench import DisagreementError
-from cola_tutorial.bench_training import CHECKED, TrainBenchConfig, measure_training, check_losses, package_loss, watch_step
+from cola_tutorial.bench_training import CHECKED, TrainBenchConfig, check_losses, measure_training, package_loss, watch_step
 from cola_tutorial.config import ConfigError, Stage1Config, Stage2Config
 from cola_tutorial.costs import training_flops
 from cola_tutorial.objectives import draw_stage1, draw_stage2
@@ -179,10 +179,10 @@ def test_options_out_of_range_are_named(change):
         replace(QUICK, **({"stage": "stage1"} | change))
 
 
-REFUSED = [({}, {"length": 6}, "^length is 6, but must be a multiple of 4"), ({}, {"flex": True}, "^flex is True"), ({"dropout": 0.1}, {}, "dropout")]
-
-
-@pytest.mark.parametrize("model, config, words", REFUSED)
+@pytest.mark.parametrize(
+    "model, config, words",
+    [({}, {"length": 6}, "^length is 6, but must be a multiple of 4"), ({}, {"flex": True}, "^flex is True"), ({"dropout": 0.1}, {}, "dropout")],
+)
 def test_what_cannot_be_compared_is_refused(model, config, words):
     with pytest.raises(ConfigError, match=words):
         quiet(small(**model), replace(QUICK, **config))
