@@ -137,9 +137,9 @@ def _prior_block_bytes(config: ColaConfig, half: bool) -> tuple[int, int]:
     d = config.dit
     w, e, f = d.dim, d.num_heads * d.head_dim, d.expand_ratio * d.dim
     statistics = 4 * (4 + 5 * d.num_heads)  # means and spreads of four norms, two of them of each head; log-sums of the attention
-    if not half: return 4 * (8 * w + 6 * w + 7 * e + 2 * f) + statistics, 4 * (5 * w + 3 * e + 2 * f)
+    if not half: return 4 * (8 * w + 4 * w + 7 * e + 2 * f) + statistics, 4 * (5 * w + 3 * e + 2 * f)
     norms = 4 * (2 * 3 * w + 2 * e)  # in, out and scale of the two that see the stream; in of the two that see heads
-    return norms + 2 * (4 * w + 6 * w + 7 * e + 2 * f) + statistics, norms // 2 + 2 * (3 * w + 3 * e + 2 * f)
+    return norms + 2 * (4 * w + 2 * w + 7 * e + 2 * f) + statistics, norms // 2 + 2 * (3 * w + 3 * e + 2 * f)
 
 
 def _vae_block_bytes(v: VAEConfig, half: bool) -> int:
@@ -158,7 +158,7 @@ def _activations(config: ColaConfig, stage: Stage1Config | Stage2Config, plan: S
     if prior:
         kept, spared = _prior_block_bytes(config, half)
         blocks.append((2 * d.num_layers, (2 if half else 4) * d.dim, kept))
-        ends += d.dim * (18 if half else 20) * (2 - plan.skip_clean)  # the last norm and its modulation
+        ends += d.dim * (14 if half else 16) * (2 - plan.skip_clean)  # the last norm and its modulation
         if not plan.recompute: ends -= spared * plan.skip_clean
     if vae: blocks.append((passes * (v.encoder_num_blocks + v.decoder_num_blocks), 4 * v.dim, _vae_block_bytes(v, half)))
     if not plan.recompute: return ends + sum(count * kept for count, _, kept in blocks)

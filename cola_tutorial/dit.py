@@ -91,10 +91,42 @@ def gelu_tanh(
     x: Tensor,  # any shape
 ) -> Tensor:  # the same shape
     "x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3): the tanh form of GELU, since tanh(u) = 2 sigmoid(2u) - 1."
-    # One kernel, with one more for its gradient. On a processor that needs no gradient, the tanh is what costs.
-    if x.device.type != "cpu" or torch.is_grad_enabled(): return F.gelu(x, approximate="tanh")
-    slope = 2 * math.sqrt(2 / math.pi)
-    return x * torch.sigmoid(torch.addcmul(x.new_full((), slope), x, x, value=0.044715 * slope) * x)
+    # A GPU and a compiler need one kernel each way; on a processor the tanh is what costs.
+    if x.device.type != "cpu" or torch.compiler.is_compiling(): return F.gelu(x, approximate="tanh")
+    if not torch.is_grad_enabled(): return x * _gelu_gate(x)
+    return _Gelu.apply(x)[0] if x.dtype == torch.float32 else F.gelu(x, approximate="tanh")
+
+
+_SLOPE = 2 * math.sqrt(2 / math.pi)
+
+
+def _gelu_gate(x: Tensor) -> Tensor:  # shape of x
+    "sigmoid(2u)."
+    return torch.addcmul(x.new_full((), _SLOPE), x, x, value=0.044715 * _SLOPE).mul_(x).sigmoid_()
+
+
+class _Gelu(torch.autograd.Function):
+    "x s with s = sigmoid(2u), which is kept: the slope is s (1 + x (1 - s) d(2u)/dx)."
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:  # result and s, shape of x
+        "The value, and what the gradient needs of it."
+        s = _gelu_gate(x)
+        return x * s, s
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        "Keep x and s."
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(inputs[0], output[1])
+
+    @staticmethod
+    def backward(ctx, slope: Tensor, _: Tensor) -> Tensor:  # shape of x
+        "Gradient by x."
+        x, s = ctx.saved_tensors
+        if torch.is_grad_enabled(): return torch.autograd.grad(F.gelu(x, approximate="tanh"), x, slope, create_graph=True)[0]  # to be derived again
+        inner = torch.addcmul(x.new_full((), _SLOPE), x, x, value=3 * 0.044715 * _SLOPE).mul_(x)  # x d(2u)/dx
+        return inner.addcmul_(inner, s, value=-1).add_(1).mul_(s) * slope
 
 
 class FeedForward(nn.Module):
@@ -210,7 +242,8 @@ def look_up(
 
 def _rows_of(table: Tensor, row: Tensor, parts: int) -> tuple[Tensor, ...]:  # `parts` of (B or 1, N or 1, dim)
     "The table's row of every position, cut into shifts, scales and gates."
-    return F.embedding(row, table).chunk(parts, dim=-1)
+    if not torch.is_grad_enabled(): return F.embedding(row, table).chunk(parts, dim=-1)
+    return tuple(F.embedding(row, part) for part in table.chunk(parts, dim=-1))  # gradients of parts need not be joined again
 
 
 @patch
@@ -261,8 +294,9 @@ def two_copy_velocity(
     row = torch.cat([torch.zeros_like(noisy), noisy], dim=1)  # (B, 2N): 0 for t = 0, 1 + b for the time of sequence b
     embedding = self.emb_in(torch.cat([t.new_zeros(1), t]))  # (1 + B, emb_dim)
     turns, last = self.turns(torch.arange(n, device=z_0.device).repeat(2)), len(self.blocks) - 1  # positions 0 .. N-1, twice
-    flex = self.flex and documents is None
-    sights = [Sight(turns, None if flex else two_copy_mask(n, size, z_0.device, documents), clean=n)] * len(self.blocks)
+    flex, middle = self.flex and documents is None, n // size // 2 * size  # middle: a border of blocks
+    mask = None if flex else two_copy_mask(n, size, z_0.device, documents)
+    sights = [Sight(turns, mask, clean=n, cut=middle if z_0.device.type == "cpu" else 0)] * len(self.blocks)
     if flex: sights = [replace(s, flex=two_copy_blocks(n, size, z_0.device, layer == last)) for layer, s in enumerate(sights)]
     x = self.txt_in["proj"](torch.cat([z_0.detach(), z_t], dim=1).to(self.txt_in["proj"].weight.dtype))  # (B, 2N, dim)
     for layer, block in enumerate(self.blocks):

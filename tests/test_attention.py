@@ -200,3 +200,19 @@ def test_no_mask_is_made_where_nothing_is_hidden():
     assert cache.mask(4, "block_causal", 4) is None and cache.mask(8, "block_causal", 4) is not None
     assert cache.mask(4, "causal", 4) is not None and cache.mask(9, "bidirectional", 4) is None
     assert KVCache(1, 2, 1, 2, 12, starts=[0, 4]).mask(4, "block_causal", 4) is not None
+
+
+@EXAMPLES
+@given(st.integers(1, 13), st.integers(1, 5), st.integers(0, 3), st.booleans(), st.booleans())
+def test_copies_in_halves_see_what_the_whole_table_shows(n, size, border, both, apart):
+    "Any border of blocks may be the cut, even one that leaves a single block to a side."
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = torch.randn(3, 2, 1, 2 * n, 6, generator=generator)
+    documents = (torch.arange(n) >= n // 3)[None].expand(2, n).long() if apart else None
+    mask = two_copy_mask(n, size, documents=documents)
+    cut = border * size if border * size < n else 0
+    asking = q if both else q[:, :, n:]
+    found = Sight(rotary_turns(torch.arange(n).repeat(2), 6), mask, clean=n, cut=cut).attend(0, asking, k, v)
+    rows = mask.expand(2, 1, 2 * n, 2 * n)[:, 0].tolist()
+    expected = torch.stack([plain_attention(*(x[row, 0] for x in (q, k, v)), rows[row]) for row in range(2)])
+    torch.testing.assert_close(found, expected[:, -asking.shape[2] :], atol=1e-5, rtol=1e-5)

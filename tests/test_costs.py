@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from cola_tutorial.costs import (
     training_memory,
 )
 from cola_tutorial.dit import DiT
-from cola_tutorial.nn.attention import attention_mask, two_copy_mask
+from cola_tutorial.nn.attention import Sight, attention_mask, two_copy_mask
 from cola_tutorial.objectives import stage1_terms, stage2_terms
 from cola_tutorial.training import make_optimizers
 from cola_tutorial.vae import TextVAE
@@ -116,7 +117,8 @@ def counted_flops(stage, config, rows, length, recompute=False):
         return found - 2 * v.dim * v.vocab_size * rows * length  # all words once more, to watch how many are right
     waves = 2 * 256 * d.dim * (rows + 1)  # nobody asks their gradient, nor, with a fixed VAE, that of both copies of the latents
     inputs = 2 * d.latent_dim * d.dim * 2 * rows * latents * (stage.vae_lr_ratio == 0)
-    unseen = (3 + recompute) * 4 * d.num_heads * d.head_dim * (d.num_layers - 1) * rows * latents**2  # a dense mask's, of clean latents to noisy ones
+    # Pairs of a dense mask that a step on a processor leaves out: of clean latents to noisy ones, and of the earlier half to the later one.
+    unseen = (3 + recompute) * 4 * d.num_heads * d.head_dim * (2 * (d.num_layers - 1) + 0.75) * rows * latents**2
     return found + waves + inputs + unseen
 
 
@@ -201,7 +203,7 @@ class Kept:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    "Under autocast, norms in fp32 and sums of products in the widest type, as CUDA's autocast has it."
+    "Under autocast, norms in fp32 and sums of products in the widest type, as CUDA's autocast has it; no kept sigmoid, no halves of attention."
     norm, addcmul = F.layer_norm, torch.addcmul
 
     def widest(*parts, **more):
@@ -210,6 +212,8 @@ def as_on_a_gpu(monkeypatch):
 
     monkeypatch.setattr(F, "layer_norm", lambda x, *args, **more: norm(x.float(), *args, **more))
     monkeypatch.setattr(torch, "addcmul", widest)
+    monkeypatch.setattr("cola_tutorial.dit.gelu_tanh", partial(F.gelu, approximate="tanh"))
+    monkeypatch.setattr("cola_tutorial.dit.Sight", lambda *given, cut, **more: Sight(*given, **more))
 
 
 @stages

@@ -1,14 +1,16 @@
 "All blocks at once against block by block with a memory; who influences whom; and where gradients may go."
 
 import math
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cola_tutorial.config import ConfigError, DiTConfig
-from cola_tutorial.dit import DiT, look_up, time_waves
+from cola_tutorial.dit import DiT, gelu_tanh, look_up, time_waves
 from cola_tutorial.nn.attention import Sight, attention_mask
 
 SIZE, WIDTH = 3, 4
@@ -212,3 +214,19 @@ def test_activations_made_anew_give_the_same_gradients():
         found.append({name: weight.grad for name, weight in dit.named_parameters()})
     for name, gradient in found[0].items():
         torch.testing.assert_close(gradient, found[1][name])
+
+
+def test_gelu_and_its_gradient_are_the_tanh_form_in_double_precision():
+    x = torch.cat([torch.linspace(-30, 30, 301), torch.randn(200, generator=torch.Generator().manual_seed(2))]).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    u = math.sqrt(2 / math.pi) * (exact + 0.044715 * exact**3)
+    (slope,) = torch.autograd.grad((expected := exact * (1 + u.tanh()) / 2).sum(), exact)
+    torch.testing.assert_close(gelu_tanh(x).double(), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(gelu_tanh(x).sum(), x)[0].double(), slope, atol=3e-6, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(gelu_tanh(x).double(), expected, atol=1e-6, rtol=1e-5)
+    several = torch.autograd.grad(gelu_tanh(x), x, torch.eye(len(x)), is_grads_batched=True)[0]
+    torch.testing.assert_close(several.diagonal().double(), slope, atol=3e-6, rtol=1e-5)
+    derived = [torch.autograd.grad(f(y), y, torch.ones_like(y), create_graph=True)[0] for f, y in ((gelu_tanh, x), (partial(F.gelu, approximate="tanh"), exact))]
+    again, expected = (torch.autograd.grad(first.pow(2).sum(), y)[0] for first, y in zip(derived, (x, exact)))
+    torch.testing.assert_close(again.double(), expected, atol=1e-5, rtol=1e-4)  # a derivative of the derivative

@@ -233,6 +233,7 @@ class Sight:
     alone: int = 0  # last positions, which see only one another
     slots: Tensor | None = None  # where in the cache the others are written, (n,); None: behind the history
     clean: int = 0  # first positions, the clean copy of the 2L layout, which see none of the others
+    cut: int = 0  # where a copy may be cut in two, since nobody before sees anybody from there on; 0: nowhere
     flex: BlockMask | None = None  # the mask as blocks; given: flex attention works instead of `attend`
 
     def attend(
@@ -256,10 +257,21 @@ class Sight:
     def _attend_copies(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, H, N or 2N, D)
         "Attention in the 2L layout; queries may be those of the noisy copy alone."
         if self.flex is not None: return flex_attend(q, k, v, self.flex)
-        n, mask = self.clean, self.mask
-        noisy = attend(q[:, :, -n:], k, v, mask[..., n:, :])
-        if q.shape[2] == n: return noisy
-        return torch.cat([attend(q[:, :, :n], k[:, :, :n], v[:, :, :n], mask[..., :n, :n]), noisy], dim=2)
+        n, seen = self.clean, []
+        for first in range(2 * n - q.shape[2], 2 * n, n):  # of a copy that asks: 0 and n, or n alone
+            for start, end in ((0, self.cut), (self.cut, n)) if self.cut else ((0, n),):
+                own = slice(first + start, first + end)
+                keys = [slice(0, end), own] if first and start + n > end else [slice(0, own.stop)]  # clean history, and a noisy part itself
+                mask = _joined([self.mask[..., own, part] for part in keys], dim=-1)
+                given = (_joined([x[:, :, part] for part in keys], dim=2) for x in (k, v))
+                at = own.start - 2 * n + q.shape[2]  # of the part's first query
+                seen.append(attend(q[:, :, at : at + end - start], *given, mask))
+        return _joined(seen, dim=2)
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    "`parts` one after the other; a single one is not copied."
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 # %% ../../nbs/04_attention.ipynb #933f9070
