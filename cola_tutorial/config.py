@@ -421,10 +421,12 @@ class ScaleConfig:
     flex: bool = False  # attend by tiles (flex attention) in the 2L layout, for a GPU
     async_save: bool = False  # write checkpoints beside the training
     tensorboard: bool = False  # write metrics for TensorBoard too
+    workers: int = 0  # processes that read the next rows; 0: a thread does
+    ceiling: bool = False  # measure at the start how fast products are here, and show which share of it the training reaches
 
     def __post_init__(self):
         _require_flags(self)
-        _require_whole(self, "micro_batch_size shards", least=0)
+        _require_whole(self, "micro_batch_size shards workers", least=0)
 
 
 # %% ../nbs/01_config.ipynb #64de17ef

@@ -30,11 +30,13 @@ from tqdm.auto import tqdm
 
 from .checkpoints import Checkpoint, CheckpointError, Saver, consolidate, saved_checkpoints
 from .config import ConfigError, GenerationConfig, LoopConfig, ScaleConfig, Stage1Config, Stage2Config, data_dir, preset
+from .costs import matrix_rates, own_shapes, training_flops
 from .model import ColaDLM, free_folder, read_json, whole_file
 from .objectives import WATCHED, Noise, counted_positions, draw_stage1, draw_stage2, loss_totals, stage1_terms, stage2_terms
 from .processes import ALONE, Processes, join, share_blocks, share_weights
-from .text.corpus import batch_indices, documents, documents_from, load_tokenizer, needed_vocabulary
+from .text.corpus import batch_indices, documents, documents_from, first_texts, load_tokenizer, needed_vocabulary
 from .text.corpus import pack, special_ids, split_rows, token_batch, train_tokenizer
+from .text.shards import batches, open_shards
 from .text.stories import Grammar
 
 
@@ -117,7 +119,7 @@ class Trainer:
         for part in (model.vae.encoder, model.vae.decoder, model.dit): part.recompute = self.scale.recompute
         model.dit.flex = self.scale.flex
         self.saver = Saver(self.out, self.stage, config.keep, config.keep_every, self.scale.async_save, processes) if out else None
-        self.ahead, self.next = ThreadPoolExecutor(1), None  # reads the rows of the next step beside this one
+        self.ahead, self.next, self.feed = ThreadPoolExecutor(1), None, (-1, None)  # who read the rows of the next steps beside this one
 
 
 # %% ../nbs/10_training.ipynb #38b7f962
@@ -145,12 +147,25 @@ def _rows_of(self: Trainer, rows: Dataset, indices) -> tuple[Tensor, Tensor]:
 def _batch(self: Trainer) -> tuple[Tensor, Tensor]:
     "This process's rows of the step; those of the next are read meanwhile."
     c = self.config
+    if self.scale.workers: return self._batch_of_workers()
     fetch = lambda step: self._rows_of(self.rows, batch_indices(len(self.rows), c.batch_size, seed=c.data_seed, step=step)[self.share])
     step, found = self.next if self.next else (None, None)
     batch = found.result() if step == self.step else fetch(self.step)
     self.next = (self.step + 1, self.ahead.submit(fetch, self.step + 1))
     return batch
 
+
+@patch
+def _batch_of_workers(self: Trainer) -> tuple[Tensor, Tensor]:
+    "The same rows, read ahead by other processes."
+    step, feed = self.feed
+    if step != self.step:
+        c, p, pin = self.config, self.processes, self.model.device.type == "cuda"
+        given = {"seed": c.data_seed, "start_step": self.step, "stop_step": c.steps, "share": (p.rank, p.world), "workers": self.scale.workers}
+        feed = batches(self.rows, c.batch_size, **given, pin_memory=pin)
+    _, *found = next(feed)
+    self.feed = self.step + 1, feed
+    return tuple(part.to(self.model.device, non_blocking=True) for part in found)
 
 # %% ../nbs/10_training.ipynb #f22f6ba6
 @patch
@@ -422,6 +437,7 @@ def run(
     c, history, until, first = self.config, [], self.config.steps if until is None else min(until, self.config.steps), self.processes.first
     log = RunWriter(self.out, self.stage, self.step, self.scale.tensorboard) if self.out and self.step < until and first else None
     bar = tqdm(total=c.steps, initial=self.step, desc=self.stage, disable=not (progress and first), mininterval=1.0)
+    ceiling, end = self._ceiling() if self.scale.ceiling and log else 0.0, False
     started, done = time.perf_counter(), self.step
     with _asked_to_end() as asked:
         while self.step < until:
@@ -431,21 +447,32 @@ def run(
             due = last or end or self.step % c.save_every == 0
             if self.step % c.log_every == 0 or self.step == 1 or last or end:
                 rate = (self.step - done) * c.batch_size * self.length / (time.perf_counter() - started)
-                entry = {"stage": self.stage, "step": self.step} | values | {"tokens_per_second": rate} | (self.held_out_terms() if due and not end else {})
+                entry = {"stage": self.stage, "step": self.step} | values | {"tokens_per_second": rate}
+                if ceiling: entry["share_of_ceiling"] = rate / ceiling
+                if due and not end: entry |= self.held_out_terms()
                 started, done = time.perf_counter(), self.step
                 history.append(entry)
                 bar.set_postfix({k: f"{v:.3g}" for k, v in entry.items() if k in SHOWN})
                 if log: log.write(entry)
             if self.out and due: self.save()
-            if end and not last: break
+            if end: break
             if self.sample and ((c.sample_every and self.step % c.sample_every == 0) or last): self._show_sample(bar, log)
     bar.close()
     if self.saver: self.saver.finish()
-    if self.step < until: raise Terminated(f"ended by SIGTERM after {self.stage} step {self.step}, which is saved")
+    if end: raise Terminated(f"ended by SIGTERM after {self.stage} step {self.step}, which is saved")
     return history
 
 
-SHOWN = ("loss", "reconstruction", "flow_matching", "accuracy", "tokens_per_second")  # beside the progress bar
+SHOWN = ("loss", "reconstruction", "flow_matching", "accuracy", "tokens_per_second", "share_of_ceiling")  # beside the progress bar
+
+
+@patch
+def _ceiling(self: Trainer) -> float:  # tokens per second
+    "How fast a step could be if all its operations ran at the fastest rate that products of its own sizes reach here."
+    c, m, device, rows = self.config, self.model.config, self.model.device, self.config.batch_size // self.processes.world
+    shapes = own_shapes(m, 2 * (self.scale.micro_batch_size or rows) * self.length // m.vae.patch_size)
+    rates = matrix_rates(shapes, device, torch.bfloat16 if c.precision == "bf16" else torch.float32)
+    return self.processes.world * max(rates.values()) / sum(training_flops(m, self.length, c, rows=rows).values())
 
 # %% ../nbs/10_training.ipynb #07937fc0
 @patch
@@ -506,10 +533,10 @@ class RunConfig:
     "Everything that decides a training run."
 
     init: str | None = None  # a model folder to go on from, tokenizer included; None: new weights
-    source: str = "stories"  # the story corpus, a file or folder of text, or a hub data set's name
+    source: str = "stories"  # the story corpus, a file or folder of text, a folder of token shards, or a hub data set's name
     text_column: str = "text"  # column of jsonl, parquet and hub data
     broken: str = "raise"  # broken lines and rows of the source: raise, or skip (left out and counted)
-    size: str = "tiny"  # preset: tiny, small or full
+    size: str = "tiny"  # preset: tiny, small, full, or a width on the dial such as 512
     changes: dict = field(default_factory=dict)  # fields of the preset to change
     tokenizer: str | None = None  # a tokenizer.json to use; None: train one
     vocab_size: int | None = None  # tokens of a trained tokenizer; None: the preset's
@@ -553,7 +580,7 @@ def _new_model(run: RunConfig, texts: Dataset, device: torch.device | str) -> Co
     "The model of `run.init`, or one with new weights and the tokenizer given, or trained on `texts`."
     if run.init: return _given_model(run, device)
     config = preset(run.size, vocab_size=run.vocab_size, **run.changes)
-    tokenizer = load_tokenizer(run.tokenizer, add=True) if run.tokenizer else train_tokenizer(_some_texts(texts), config.vae.vocab_size)
+    tokenizer = load_tokenizer(run.tokenizer, add=True) if run.tokenizer else train_tokenizer(first_texts(texts), config.vae.vocab_size)
     vae, (pad_id, end_id) = replace(config.vae, vocab_size=needed_vocabulary(tokenizer)), special_ids(tokenizer)
     torch.manual_seed(run.stage1.seed)
     with torch.device(device): return ColaDLM(replace(config, vae=vae, pad_id=pad_id, end_id=end_id), tokenizer)
@@ -572,13 +599,6 @@ def _given_model(run: RunConfig, device: torch.device | str) -> ColaDLM:
     return named
 
 
-def _some_texts(texts: Dataset, characters: int = 20_000_000) -> Iterator[str]:
-    "Texts for the tokenizer, up to so many characters: more do not change it, and memory stays bounded."
-    for row in texts:
-        yield row["text"]
-        characters -= len(row["text"])
-        if characters < 0: return
-
 # %% ../nbs/10_training.ipynb #9ecd88fa
 def prepare(
     run: RunConfig,  # names the text
@@ -586,6 +606,7 @@ def prepare(
     device: torch.device | str = "cpu",  # where the weights are made
 ) -> tuple[ColaDLM, Dataset, Dataset]:  # the model to train, training rows, held-out rows
     "Tokenizer, model and packed rows; raises `ConfigError`, `CorpusError`, `ModelFileError` with what is wrong."
+    if (Path(run.source) / "index.json").is_file(): return _prepared(run, device)
     texts, held_texts = _texts(run, cache_dir)
     model = _new_model(run, texts, device)
     length = run.length or (80 if run.source == "stories" else 128)
@@ -594,6 +615,20 @@ def prepare(
     rows, held_out = split_rows(rows) if held_texts is None else (rows, pack(held_texts, model.tokenizer, length, **layout))
     model.generation = replace(run.generation, max_length=length)
     return model, rows, held_out
+
+
+def _prepared(run: RunConfig, device: torch.device | str) -> tuple[ColaDLM, Dataset, Dataset]:
+    "The same from a folder of token shards, with the tokenizer that lies there unless another is given."
+    own = run.init or run.tokenizer
+    model = _new_model(run if own else replace(run, tokenizer=str(Path(run.source) / "tokenizer.json")), None, device)
+    rows, config = open_shards(run.source, tokenizer=model.tokenizer), model.config
+    wanted = {"length": run.length or rows.length, "pad": config.pad_id, "end": config.end_id}
+    wrong = [f"{name} is {rows.settings[name]} there and {value} here" for name, value in wanted.items() if rows.settings[name] != value]
+    begin, block = rows.settings["multiple_of"], config.tokens_per_block
+    if rows.settings["layout"] == "best_fit" and begin % block: wrong.append(f"documents begin at multiples of {begin} tokens there, blocks have {block} here")
+    if wrong: raise ConfigError(f"{run.source} holds shards of another kind ({'; '.join(wrong)}): change the settings, or write the shards again")
+    model.generation = replace(run.generation, max_length=rows.length)
+    return model, *split_rows(rows)
 
 # %% ../nbs/10_training.ipynb #ed3e7ce2
 def train(

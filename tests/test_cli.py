@@ -22,11 +22,11 @@ def run(command, *args, cwd=None):
     return subprocess.run([sys.executable, str(path), *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=300)
 
 
-@pytest.mark.parametrize("command", ["train", "report", "generate", "evaluate", "info", "verify", "bench"])
+@pytest.mark.parametrize("command", ["train", "shards", "report", "generate", "evaluate", "info", "verify", "bench"])
 def test_help_names_every_option(command, tmp_path):
     done = run(command, "--help", cwd=tmp_path)
     assert done.returncode == 0 and "usage" in done.stdout and "--help" in done.stdout
-    assert "--json" in done.stdout or command in ("train", "report", "generate", "verify")
+    assert "--json" in done.stdout or command in ("train", "shards", "report", "generate", "verify")
 
 
 @pytest.mark.parametrize("size, vae, dit", [("full", 501_871_574, 1_829_875_728)])
@@ -54,6 +54,8 @@ def test_evaluate_ends_with_one_json_object(tmp_path):
         ("evaluate", ["--n", "0"], "n is 0"),
         ("info", ["--size", "huge"], "huge"),
         ("train", ["missing.txt"], "missing.txt"),
+        ("shards", ["missing.txt", "out"], "missing.txt"),
+        ("shards", ["missing.txt"], "a text and a folder are needed"),
         ("train", ["--set", "stage2.stepz=3"], "stepz"),
         ("train", ["--steps1", "0"], "steps is 0"),
         ("train", ["--length", "79"], "79"),
@@ -120,3 +122,18 @@ def test_a_study_is_written_as_one_json_file(tmp_path):
     assert (result["n"], result["seed"]) == (2, 7) and set(result["groups"]) == {"schedule"}
     for scores in result["groups"]["schedule"].values():
         assert {"value", "low", "high", "n"} <= set(scores["parses"]) and scores["consistent"]["n"] == 2
+
+
+def test_text_becomes_shards_and_shards_a_model(tmp_path):
+    "The second call finds all done; a size of digits is a name."
+    (tmp_path / "tyger.txt").write_text("Tyger Tyger, burning bright, in the forests of the night.\n" * 60)
+    command = ("shards", "tyger.txt", "tokens", "--length", 32, "--multiple-of", 2, "--vocab-size", 280, "--processes", 2)
+    first, again = run(*command, cwd=tmp_path), run(*command, cwd=tmp_path)
+    assert first.returncode == again.returncode == 0, first.stderr + again.stderr
+    told = json.loads(first.stdout.splitlines()[-1])
+    assert told == json.loads(again.stdout.splitlines()[-1]) and told["rows"] > 2 and told["filled"] > 0.9
+    assert len(first.stdout.splitlines()) == 2 and len(again.stdout.splitlines()) == 1
+    small = [part for setting in SMALL for part in ("--set", setting)]
+    done = run("train", "tokens", "--out", "run", "--steps1", 2, "--steps2", 2, "--set", "size=128", *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["size"] == "128"

@@ -227,6 +227,7 @@ def test_gelu_and_its_gradient_are_the_tanh_form_in_double_precision():
         torch.testing.assert_close(gelu_tanh(x).double(), expected, atol=1e-6, rtol=1e-5)
     several = torch.autograd.grad(gelu_tanh(x), x, torch.eye(len(x)), is_grads_batched=True)[0]
     torch.testing.assert_close(several.diagonal().double(), slope, atol=3e-6, rtol=1e-5)
-    derived = [torch.autograd.grad(f(y), y, torch.ones_like(y), create_graph=True)[0] for f, y in ((gelu_tanh, x), (partial(F.gelu, approximate="tanh"), exact))]
+    both = (gelu_tanh, x), (partial(F.gelu, approximate="tanh"), exact)
+    derived = [torch.autograd.grad(f(y), y, torch.ones_like(y), create_graph=True)[0] for f, y in both]
     again, expected = (torch.autograd.grad(first.pow(2).sum(), y)[0] for first, y in zip(derived, (x, exact)))
     torch.testing.assert_close(again.double(), expected, atol=1e-5, rtol=1e-4)  # a derivative of the derivative

@@ -16,15 +16,20 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from safetensors.torch import load_file
 
-from cola_tutorial.config import ColaConfig, ConfigError, DiTConfig, LoopConfig, Stage1Config, Stage2Config, VAEConfig
+from cola_tutorial.config import ColaConfig, ConfigError, DiTConfig, LoopConfig, ScaleConfig, Stage1Config, Stage2Config, VAEConfig
 from cola_tutorial.checkpoints import CheckpointError, saved_checkpoints
+from cola_tutorial.costs import training_flops
 from cola_tutorial.model import ColaDLM, ModelFileError
+from cola_tutorial.text.corpus import CorpusError, documents, train_tokenizer
+from cola_tutorial.text.shards import open_shards, write_shards
 from cola_tutorial.training import (
     RunWriter,
     NonFiniteError,
     RunConfig,
+    Terminated,
     Trainer,
     learning_rate,
+    prepare,
     read_run,
     step_generator,
     train,
@@ -594,3 +599,98 @@ def test_a_process_killed_at_any_stage_of_a_save_leaves_a_run_that_continues(row
         trainer.run(progress=False)
         assert_same(snapshot(whole), snapshot(trainer))
         assert saved_checkpoints(tmp_path / str(number), "stage1")[-1].name == "stage1-0000006"
+
+
+def test_a_signal_in_the_last_step_is_heard(rows, tmp_path):
+    trainer = Trainer(small(), rows, STAGE1, tmp_path)
+    step = trainer.train_step
+
+    def disturbed():
+        if trainer.step == LOOP["steps"] - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step()
+
+    trainer.train_step = disturbed
+    with pytest.raises(Terminated, match="stage1 step 6, which is saved"):
+        trainer.run(progress=False)
+    assert saved_checkpoints(tmp_path, "stage1")[-1].name == "stage1-0000006"
+
+
+def test_workers_read_the_same_rows(rows, tmp_path):
+    "Also where a run is taken up in the middle."
+    expected = Trainer(small(), rows, STAGE2).run(progress=False)
+    first = Trainer(small(), rows, STAGE2, tmp_path, scale=ScaleConfig(workers=2))
+    found = first.run(until=4, progress=False)
+    second = Trainer(small(), rows, STAGE2, tmp_path, scale=ScaleConfig(workers=1))
+    assert second.resume() and second.step == 4
+    losses = lambda history: [(line["step"], line["loss"], line["gradient_norm"]) for line in history]
+    assert losses(found + second.run(progress=False)) == losses(expected)
+
+
+def test_the_share_of_the_ceiling_follows_from_the_speed(rows, tmp_path, monkeypatch):
+    "A machine whose products run at 1000 operations a second."
+    monkeypatch.setattr("cola_tutorial.training.matrix_rates", lambda shapes, *_: dict.fromkeys(shapes, 1000.0))
+    trainer = Trainer(small(), rows, STAGE1, tmp_path, scale=ScaleConfig(ceiling=True))
+    operations = sum(training_flops(trainer.model.config, 8, STAGE1, rows=4).values())
+    for line in trainer.run(progress=False):
+        assert line["share_of_ceiling"] == pytest.approx(line["tokens_per_second"] * operations / 1000)
+
+
+def test_tensorboard_reads_what_was_measured(rows, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    first = Trainer(small(), rows, STAGE1, tmp_path, scale=ScaleConfig(tensorboard=True))
+    first.run(until=4, progress=False)
+    second = Trainer(small(), rows, STAGE1, tmp_path, scale=ScaleConfig(tensorboard=True))
+    second.resume()
+    second.run(progress=False)
+    found = accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "stage1")).Reload()
+    lines = metrics(tmp_path)
+    assert len(lines) == 6 and {"loss", "kl", "gradient_norm"} <= set(found.Tags()["scalars"])
+    for name in ("loss", "gradient_norm", "learning_rate"):
+        assert [(event.step, event.value) for event in found.Scalars(name)] == [(line["step"], pytest.approx(line[name])) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory, text):
+    "A folder as cola-shards leaves it: shards packed by best fit, and the tokenizer."
+    pages = tmp_path_factory.mktemp("pages") / "pages.jsonl"
+    pages.write_text("".join(json.dumps({"text": text.read_text()[: 20 + 7 * n]}) + "\n" for n in range(60)))
+    tokenizer = train_tokenizer([pages.read_text()], 270)
+    folder = pages.with_name("shards")
+    write_shards(documents(pages, cache_dir=pages.with_name("cache")), tokenizer, folder, 16, multiple_of=4)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_training_reads_token_shards(shards, text, tmp_path):
+    "Rows, tokenizer and length come from the folder; documents of a row may be kept apart."
+    config = replace(run_config(text), source=str(shards), vocab_size=None, length=None)
+    config = replace(config, stage2=replace(config.stage2, within_documents=True), scale=ScaleConfig(workers=1))
+    _, rows, held_out = prepare(config)
+    whole = open_shards(shards)
+    assert len(rows) + len(held_out) == len(whole) and max(row["document"].max() for row in whole) > 1
+    model = train(config, tmp_path / "out", progress=False)
+    assert model.config.vae.vocab_size == 270 and model.generation.max_length == 16
+    assert ColaDLM.from_pretrained(tmp_path / "out" / "model").tokenizer.get_vocab_size() == 270
+    assert {line["stage"] for line in metrics(tmp_path / "out")} == {"stage1", "stage2"}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"length": 32}, "length is 16 there and 32 here"),
+        ({"changes": {"block_size": 8}}, "multiples of 4 tokens there, blocks have 8 here"),
+        ({"tokenizer": "other"}, "another tokenizer"),
+    ],
+    ids=str,
+)
+def test_shards_of_another_kind_are_named(shards, text, tmp_path, change, message):
+    config = run_config(text)
+    if "tokenizer" in change:
+        train_tokenizer([text.read_text()[:30]], 262).save(str(tmp_path / "tokenizer.json"))
+        change = {"tokenizer": str(tmp_path / "tokenizer.json")}
+    changes = config.changes | change.get("changes", {})
+    config = replace(config, **{"source": str(shards), "vocab_size": None, "length": None} | change | {"changes": changes})
+    with pytest.raises((ConfigError, CorpusError), match=message):
+        train(config, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()

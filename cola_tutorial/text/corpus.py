@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'PIECE', 'LONGEST_LINE', 'LARGEST_TABLE', 'CorpusError', 'special_ids', 'needed_vocabulary', 'read_literally',
-           'train_tokenizer', 'load_tokenizer', 'documents', 'documents_from', 'piece_groups', 'encode_pieces',
-           'packed_rows', 'check_packing', 'pack', 'split_rows', 'shuffled', 'batch_indices', 'token_batch']
+           'train_tokenizer', 'first_texts', 'load_tokenizer', 'documents', 'documents_from', 'piece_groups',
+           'encode_pieces', 'packed_rows', 'check_packing', 'pack', 'split_rows', 'shuffled', 'batch_indices',
+           'token_batch']
 
 # %% ../../nbs/03_corpus.ipynb #838a78be
 import codecs
@@ -97,6 +98,17 @@ def train_tokenizer(
     return read_literally(tokenizer)
 
 # %% ../../nbs/03_corpus.ipynb #3f079722
+def first_texts(
+    documents: Dataset | IterableDataset,  # pieces, as from `documents`
+    characters: int = 20_000_000,  # how many: more do not change a tokenizer, and memory stays bounded
+) -> Iterator[str]:  # texts
+    "Texts from the beginning, enough for a tokenizer."
+    for row in documents:
+        yield row["text"]
+        characters -= len(row["text"])
+        if characters < 0: return
+
+
 def load_tokenizer(
     path: str | os.PathLike,  # a tokenizer.json, or a folder that has one
     *,

@@ -380,7 +380,7 @@ def _only_writer(folder: Path) -> Iterator[None]:
 def _begun(folder: Path, settings: dict) -> dict:
     "The index to go on with. Raises `CorpusError` where the folder holds something else."
     if not (folder / "index.json").exists():
-        others = [path.name for path in folder.iterdir() if path.name != "index.json.part"]
+        others = [path.name for path in folder.iterdir() if path.name not in ("index.json.part", "tokenizer.json")]
         if others:
             raise CorpusError(f"{folder}: holds {sorted(others)[0]!r}, but no shards. Choose an empty folder.")
         _write_index(folder, {"format": ["cola-shards", SHARD_FORMAT], "settings": settings, "complete": False, "shards": []})
