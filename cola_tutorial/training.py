@@ -394,9 +394,13 @@ def _newest(
 
 # %% ../nbs/10_training.ipynb #fdfd0014
 @patch
-def resume(self: Trainer, older: bool = False) -> bool:  # False if there is no checkpoint to resume from
-    "Continue from the newest checkpoint of this stage, or from the one before if it is damaged and `older`; raises as `_newest` does."
-    newest = _newest(self.out, self.stage, self.config, self.text, older, self.processes) if self.out else None
+def resume(
+    self: Trainer,
+    older: bool = False,  # where the newest checkpoint is damaged, take the one before
+    newest: Checkpoint | None = None,  # that has been verified already, which takes its time; None: look for it
+) -> bool:  # False if there is no checkpoint to resume from
+    "Continue from the newest checkpoint of this stage; raises as `_newest` does."
+    if newest is None and self.out: newest = _newest(self.out, self.stage, self.config, self.text, older, self.processes)
     if newest is None: return False
     weights, stored = dict(self.parts.named_parameters()), newest.tensors.keys()
     if self.config.ema_decay and newest.state["averages"]: self.average = {name: torch.empty_like(value) for name, value in weights.items()}
@@ -652,14 +656,14 @@ def train(
         for stage in stages: processes.share(getattr(run, stage).batch_size)
         model, rows, held_out = _first_alone(processes, lambda: prepare(run, cache_dir, place))
         text = _text_digest(model, rows)
-        for stage in stages: _newest(out, stage, getattr(run, stage), text, older, processes)
+        newest = {stage: _newest(out, stage, getattr(run, stage), text, older, processes) for stage in stages}
         if processes.first:
             with whole_file(out / "run.json") as part: part.write_text(json.dumps(asdict(run), indent=2) + "\n")
         if needs_vae: model.vae.load_state_dict(ColaDLM.from_pretrained(model_folder).vae.state_dict())
         _make_ready(model, run.scale, processes)
         for stage in sorted(set(stages)):
             given = (model, rows, getattr(run, stage), out, held_out, sample if stage == "stage2" else None, run.scale, processes)
-            _train_stage(Trainer(*given), model_folder, progress, older)
+            _train_stage(Trainer(*given), model_folder, progress, older, newest[stage])
         return model.requires_grad_(False).eval()
 
 
@@ -678,9 +682,9 @@ def _make_ready(model: ColaDLM, scale: ScaleConfig, processes: Processes) -> Non
     share_weights(model, processes)
 
 
-def _train_stage(trainer: Trainer, model_folder: Path, progress: bool, older: bool) -> None:
+def _train_stage(trainer: Trainer, model_folder: Path, progress: bool, older: bool, newest: Checkpoint | None) -> None:
     "Go on with a stage to its end, and make a model of its last checkpoint."
-    trainer.resume(older)
+    trainer.resume(older, newest)
     trainer.run(progress=progress)
     if trainer.average: trainer._put(trainer.average)
     found = saved_checkpoints(trainer.out, trainer.stage)
