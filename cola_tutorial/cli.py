@@ -167,8 +167,6 @@ def shards(
         path = Path(folder) / "tokenizer.json"
         if tokenizer: found = load_tokenizer(tokenizer, add=True)
         else: found = load_tokenizer(path) if path.exists() else train_tokenizer(first_texts(texts), vocab_size)
-        if not path.exists():
-            with whole_file(path) as part: found.save(str(part))
         options = {"layout": layout, "multiple_of": multiple_of, "processes": processes, "shard_tokens": shard_tokens}
         if streaming: options["fingerprint"] = dumps([source, split, text_column, skip_broken])
         told = lambda shard: print(f"{shard['rows']:,} rows, {shard['tokens']:,} tokens", flush=True)

@@ -658,7 +658,6 @@ def shards(tmp_path_factory, text):
     tokenizer = train_tokenizer([pages.read_text()], 270)
     folder = pages.with_name("shards")
     write_shards(documents(pages, cache_dir=pages.with_name("cache")), tokenizer, folder, 16, multiple_of=4)
-    tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 

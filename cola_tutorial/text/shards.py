@@ -377,12 +377,14 @@ def _only_writer(folder: Path) -> Iterator[None]:
             os.close(handle)
 
 # %% ../../nbs/03b_shards.ipynb #0a4f4dd8
-def _begun(folder: Path, settings: dict) -> dict:
-    "The index to go on with. Raises `CorpusError` where the folder holds something else."
+def _begun(folder: Path, settings: dict, tokenizer: Tokenizer) -> dict:
+    "The index to go on with; a new one gets the tokenizer beside it. Raises `CorpusError` where the folder holds something else."
     if not (folder / "index.json").exists():
-        others = [path.name for path in folder.iterdir() if path.name not in ("index.json.part", "tokenizer.json")]
+        others = [path.name for path in folder.iterdir() if path.name.removesuffix(".part") not in ("index.json", "tokenizer.json")]
         if others:
             raise CorpusError(f"{folder}: holds {sorted(others)[0]!r}, but no shards. Choose an empty folder.")
+        with _whole(folder / "tokenizer.json") as write:
+            write(tokenizer.to_str(pretty=True).encode())
         _write_index(folder, {"format": ["cola-shards", SHARD_FORMAT], "settings": settings, "complete": False, "shards": []})
     index = _read_index(folder)
     found = index["settings"]
@@ -432,7 +434,7 @@ def write_shards(
     fingerprint: str | None = None,  # names the documents; must be given for streamed ones
     report: Callable[[dict], None] | None = None,  # called with the index's entry of each shard that was written
 ) -> "ShardedRows":  # the rows, opened
-    """Pack documents into shards on the disk. Stopped at any moment, the same call goes on behind the last whole shard.
+    """Pack documents into shards on the disk, the tokenizer beside them. Stopped at any moment, the same call goes on behind the last whole shard.
 
     The files depend neither on `processes` nor on stops. Memory: one window of rows and a few pieces for each process.
     Raises `CorpusError` for a wrong option, a folder with anything else, a full disk, or no tokens.
@@ -442,7 +444,7 @@ def write_shards(
     if processes < 1:
         raise CorpusError(f"processes={processes}: must be at least 1.")
     with _only_writer(folder):
-        index = _begun(folder, settings)
+        index = _begun(folder, settings, tokenizer)
         if not index["complete"]:
             _write_missing(documents, tokenizer, folder, index, processes, report)
     return open_shards(folder)
