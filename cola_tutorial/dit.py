@@ -128,7 +128,7 @@ class _Gelu(torch.autograd.Function):
         inner = torch.addcmul(x.new_full((), _SLOPE), x, x, value=3 * 0.044715 * _SLOPE).mul_(x)  # x d(2u)/dx
         return inner.addcmul_(inner, s, value=-1).add_(1).mul_(s) * slope
 
-
+# %% ../nbs/07_dit.ipynb #bfbd4536
 class FeedForward(nn.Module):
     "Two linear layers with the tanh form of GELU between."
 

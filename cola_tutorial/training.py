@@ -466,7 +466,7 @@ def run(
     if end: raise Terminated(f"ended by SIGTERM after {self.stage} step {self.step}, which is saved")
     return history
 
-
+# %% ../nbs/10_training.ipynb #e28b82d0
 SHOWN = ("loss", "reconstruction", "flow_matching", "accuracy", "tokens_per_second", "share_of_ceiling")  # beside the progress bar
 
 

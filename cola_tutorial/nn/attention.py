@@ -254,25 +254,26 @@ class Sight:
         if self.alone: seen = torch.cat([seen, attend(own_q, own_k, own_v, None, dropout).transpose(1, 2)], 1)
         return seen.flatten(2)
 
-    def _attend_copies(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, H, N or 2N, D)
-        "Attention in the 2L layout; queries may be those of the noisy copy alone."
-        if self.flex is not None: return flex_attend(q, k, v, self.flex)
-        n, seen = self.clean, []
-        for first in range(2 * n - q.shape[2], 2 * n, n):  # of a copy that asks: 0 and n, or n alone
-            for start, end in ((0, self.cut), (self.cut, n)) if self.cut else ((0, n),):
-                own = slice(first + start, first + end)
-                keys = [slice(0, end), own] if first and start + n > end else [slice(0, own.stop)]  # clean history, and a noisy part itself
-                mask = _joined([self.mask[..., own, part] for part in keys], dim=-1)
-                given = (_joined([x[:, :, part] for part in keys], dim=2) for x in (k, v))
-                at = own.start - 2 * n + q.shape[2]  # of the part's first query
-                seen.append(attend(q[:, :, at : at + end - start], *given, mask))
-        return _joined(seen, dim=2)
+# %% ../../nbs/04_attention.ipynb #67f7d659
+@patch
+def _attend_copies(self: Sight, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B, H, N or 2N, D)
+    "Attention in the 2L layout; queries may be those of the noisy copy alone."
+    if self.flex is not None: return flex_attend(q, k, v, self.flex)
+    n, seen = self.clean, []
+    for first in range(2 * n - q.shape[2], 2 * n, n):  # of a copy that asks: 0 and n, or n alone
+        for start, end in ((0, self.cut), (self.cut, n)) if self.cut else ((0, n),):
+            own = slice(first + start, first + end)
+            keys = [slice(0, end), own] if first and start + n > end else [slice(0, own.stop)]  # clean history, and a noisy part itself
+            mask = _joined([self.mask[..., own, part] for part in keys], dim=-1)
+            given = (_joined([x[:, :, part] for part in keys], dim=2) for x in (k, v))
+            at = own.start - 2 * n + q.shape[2]  # of the part's first query
+            seen.append(attend(q[:, :, at : at + end - start], *given, mask))
+    return _joined(seen, dim=2)
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:
     "`parts` one after the other; a single one is not copied."
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
 
 # %% ../../nbs/04_attention.ipynb #933f9070
 recomputed = partial(checkpoint, use_reentrant=False)  # recomputed(block, *inputs): block(*inputs), whose inside is made anew for the gradient
