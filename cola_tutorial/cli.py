@@ -89,7 +89,7 @@ def change(
     try: value = loads(text)
     except JSONDecodeError: value = text
     if isinstance(old, dict) and inner: value = old | {inner: value}
-    if isinstance(old, str): value = text if not isinstance(value, str) else value  # a name of digits is still a name
+    if isinstance(old, str) and not isinstance(value, str): value = text  # a name of digits is still a name
     return replace(record, **{name: value})
 
 
