@@ -16,7 +16,7 @@ from walkthrough import NBS, ROOT, Walk, lesson_names, walk
 LIMIT = 3 * 60.0
 MOST_BYTES = 300_000
 MOST_LINES = 40
-SHOWN = {"text/plain", "text/html", "text/markdown", "image/png"}
+SHOWN = {"text/plain", "text/html", "text/markdown", "image/png", "application/vnd.plotly.v1+json"}
 
 OURS = (str(ROOT / "cola_tutorial" / "__init__.py"), "1")
 
