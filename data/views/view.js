@@ -4,8 +4,8 @@ const cola = (() => {
   "use strict";
   // Figures name two colours that depend on the theme; everything else keeps its colour. See INK and QUIET in Python.
   const THEMES = {
-    light: { "#101010": "#101010", "#C8C8C8": "#C8C8C8", ink: "#1a1a1a", grid: "#e3e3e3", paper: "#ffffff" },
-    dark: { "#101010": "#f2f2f2", "#C8C8C8": "#565b61", ink: "#ececec", grid: "#3a3e43", paper: "#16181b" },
+    light: { swap: {}, ink: "#1a1a1a", grid: "#e3e3e3", paper: "#ffffff" },
+    dark: { swap: { "#101010": "#f2f2f2", "#C8C8C8": "#565b61" }, ink: "#ececec", grid: "#3a3e43", paper: "#16181b" },
   };
   const NARROW = 560; // pixels: below, panels stand below one another
   const PATIENCE = 20000; // milliseconds without an answer before we say so
@@ -59,7 +59,7 @@ const cola = (() => {
     layout = merge(layout, plain);
     for (const name of Object.keys(layout).filter((key) => /^[xy]axis\d*$/.test(key)))
       layout[name] = merge({ gridcolor: colours.grid, zerolinecolor: colours.grid, linecolor: colours.grid, automargin: true }, layout[name]);
-    return { data: swapped(data, colours), layout: swapped(layout, colours) };
+    return { data: swapped(data, colours.swap), layout: swapped(layout, colours.swap) };
   };
 
   const decimals = (step) => Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
@@ -317,12 +317,12 @@ const cola = (() => {
       setTimeout(() => URL.revokeObjectURL(link.href), 10000);
     };
     for (const format of ["png", "svg"]) {
-      const button = make("button", { type: "button", "aria-label": `Save the picture as ${format.toUpperCase()}` }, `Save ${format.toUpperCase()}`);
+      const button = make("button", { type: "button" }, `Save ${format.toUpperCase()}`);
       button.addEventListener("click", () => Plotly?.downloadImage(plot, { format, filename: name, width: plot.clientWidth, height: plot.clientHeight, scale: format === "png" ? 2 : 1 }));
       tools.append(button);
     }
     if (talk.sources) {
-      const button = make("button", { type: "button", "aria-label": "Save the picture as an HTML page" }, "Save HTML");
+      const button = make("button", { type: "button" }, "Save HTML");
       button.addEventListener("click", async () => {
         const { plotly, script, style } = await talk.sources();
         const still = { title: spec.title, caption: spec.caption, controls: [], picture: { ...picture, controls: [] } };
@@ -339,7 +339,15 @@ const cola = (() => {
     steps();
     draw();
     const close = () => { stop(); clearTimeout(patience); undo.forEach((act) => act()); if (Plotly) Plotly.purge(plot); };
-    return { ask, answer, say, close, figure };
+    // Nobody answers any more: say so, and leave what the browser can do alone.
+    const end = (message) => {
+      say(message);
+      clearTimeout(patience);
+      talk = { ...talk, ask: null };
+      figure.removeAttribute("aria-busy");
+      form.querySelectorAll("input, select, button").forEach((one) => { one.disabled = true; });
+    };
+    return { ask, answer, end, close };
   };
 
   // On a page: every still becomes a view. The library is on the page already.
@@ -384,12 +392,7 @@ const cola = (() => {
     };
     const view = mount(el, JSON.parse(model.get("spec")), talk);
     const hear = (message) => { if (message.kind === "answer") view.answer({ ...message, picture: message.picture ? JSON.parse(message.picture) : null }); };
-    const lost = () => {
-      if (model.comm_live === false || model.get("closed")) {
-        view.say("The kernel behind this picture has stopped, so it no longer answers. Run this cell again, after those above it.");
-        view.figure.querySelectorAll(".cola-controls:first-of-type input, .cola-controls:first-of-type select, .cola-controls:first-of-type button").forEach((one) => { one.disabled = true; });
-      }
-    };
+    const lost = () => view.end("The kernel behind this picture has stopped, so it no longer answers. Run this cell again, after those above it.");
     model.on("msg:custom", hear);
     model.on("comm_live_update", lost);
     // The picture for readers without a kernel stands before the view in the same output; two of the same would puzzle.
