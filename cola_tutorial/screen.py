@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Control', 'Pointer', 'panels', 'Picture', 'add_frames', 'View', 'still', 'still_html', 'page_assets',
-           'Screen', 'interactive', 'show']
+           'reply', 'Screen', 'interactive', 'show']
 
 # %% ../nbs/14b_screen.ipynb #7604fd2e
 import base64
@@ -191,10 +191,22 @@ class View:
         self.last = picture
         return picture
 
+    def spec(self) -> dict:  # title, caption, controls and pointer, ready for JSON
+        "What the browser must know to show the view; its picture it asks for."
+        controls = [vars(control) | {"value": self.values[name]} for name, control in self.controls.items()]
+        return {"title": self.title, "caption": self.caption, "controls": controls, "pointer": vars(self.pointer) if self.pointer else None}
+
+    def answer(self, message: dict) -> dict:  # what to send back
+        "Draw what a message wishes, a button as True where it was pressed; what cannot be drawn is answered with its reason."
+        wish = {name: value for name, value in message.get("values", {}).items() if name in self.controls and self.controls[name].kind != "button"}
+        if message.get("pressed"): wish[message["pressed"]] = True
+        try: return {"picture": _told(self.picture(**wish)), "error": ""}
+        except ValueError as error: return {"error": str(error)}
+
     def push(self) -> None:
         "Draw with the values as they are, wherever the view is shown: for what changes by itself."
-        told = to_json_plotly(_told(self.picture()))
-        for screen in self.screens: screen.send({"kind": "answer", "picture": told})
+        answer = self.answer({})
+        for screen in self.screens: screen.tell(answer)
 
 # %% ../nbs/14b_screen.ipynb #e8ef99fe
 def _options(control: Control) -> list[tuple[str, Any]]:  # what is shown, value
@@ -267,9 +279,9 @@ def still_html(
 
 
 def page_assets() -> dict[str, bytes]:  # file name -> content
-    "What a page with stills loads: view.css, then plotly.min.js and view.js at its end, in this order."
-    script = _asset("view.js") + "\ncola.awaken(document);\n"
-    return {"view.css": _asset("view.css").encode(), "plotly.min.js": _plotly_library(), "view.js": script.encode()}
+    "What a page with stills loads: view.css; then, in this order, plotly.min.js, view.js and awaken.js."
+    texts = {name: _asset(name).encode() for name in ("view.css", "view.js")}
+    return texts | {"plotly.min.js": _plotly_library(), "awaken.js": b"cola.awaken(document);\n"}
 
 # %% ../nbs/14b_screen.ipynb #a597800a
 @cache
@@ -284,43 +296,46 @@ def _plotly_library() -> bytes:
     return (Path(plotly.__file__).parent / "package_data" / "plotly.min.js").read_bytes()
 
 
+def reply(
+    view: Any,  # a `View`, or what answers like one
+    message: dict,  # from the browser
+    send: Callable[[dict], None],  # takes the answer to the one who asked
+) -> None:
+    "Answer a message, whatever happens: a browser that waits must hear of a fault too, which is then raised."
+    answer = {"view": message.get("view"), "error": "This could not be drawn; the reason stands in Python's log."}
+    try: answer |= view.answer(message)
+    finally: send(answer)
+
+
 class Screen(anywidget.AnyWidget):
     "A view in a notebook's output."
 
     _esm = _asset("view.js") + "\nexport default { render: cola.render };\n"
     _css = _asset("view.css")
-    spec = traitlets.Unicode().tag(sync=True)  # title, caption, controls and pointer, JSON
+    spec = traitlets.Unicode().tag(sync=True)  # of the view, JSON
 
     def __init__(
         self,
-        view: View,  # that answers
+        view: Any,  # a `View`, or what answers like one
     ):
-        pointer = vars(view.pointer) if view.pointer else None
-        controls = [vars(control) | {"value": view.values[name]} for name, control in view.controls.items()]
-        super().__init__(spec=to_json_plotly({"title": view.title, "caption": view.caption, "controls": controls, "pointer": pointer}))
+        super().__init__(spec=to_json_plotly(view.spec()))
         self.view = view
         self.on_msg(lambda _, message, buffers: self.hear(message))
         view.screens.append(self)
 
+    def tell(self, answer: dict) -> None:
+        "Send an answer."
+        self.send({"kind": "answer", "answer": to_json_plotly(answer)})
+
     def hear(self, message: dict) -> None:
         "Answer what the browser asks: for the library, or for a picture."
         if message.get("kind") == "plotly": self.send({"kind": "plotly"}, [_plotly_library()])
-        if message.get("kind") != "ask": return
-        answer = {"kind": "answer", "view": message.get("view"), "error": "This could not be drawn; the reason stands in the kernel's log."}
-        try: answer |= {"picture": to_json_plotly(_told(self.view.picture(**_wish(message, self.view)))), "error": ""}
-        except ValueError as error: answer["error"] = str(error)
-        finally: self.send(answer)
+        else: reply(self.view, message, self.tell)
 
     def close(self) -> None:
         "Take it from the screen."
         if self in self.view.screens: self.view.screens.remove(self)
         super().close()
-
-
-def _wish(message: dict, view: View) -> dict[str, Any]:
-    "The values of a message; a button is True where it was pressed."
-    pressed = {message["pressed"]: True} if message.get("pressed") else {}
-    return {name: value for name, value in message.get("values", {}).items() if view.controls.get(name) and view.controls[name].kind != "button"} | pressed
 
 # %% ../nbs/14b_screen.ipynb #ad920fab
 def interactive() -> bool:  # whether somebody can touch what is shown

@@ -42,7 +42,8 @@ def stepped() -> View:
     def frames() -> Picture:
         figure = panels([""])
         figure.add_scatter(x=[0.0, 1.0], y=[0.0, 0.0])
-        return Picture(add_frames(figure, [[{"y": [0.0, float(i)]}] for i in range(3)], [0], ["1.0", "0.5", "0.0"]), ["far", "near", "there"], "flow time t", start=2)
+        add_frames(figure, [[{"y": [0.0, float(i)]}] for i in range(3)], [0], ["1.0", "0.5", "0.0"])
+        return Picture(figure, ["far", "near", "there"], "flow time t", start=2)
 
     return View("Steps", "Go.", [], frames)
 
@@ -133,6 +134,10 @@ class Wire:
         self.sent = []
         monkeypatch.setattr(Screen, "send", lambda _, message, buffers=None: self.sent.append((message, buffers)))
 
+    def answers(self) -> list[dict]:
+        "The answers among it."
+        return [json.loads(message["answer"]) for message, _ in self.sent if message.get("kind") == "answer"]
+
 
 @pytest.fixture
 def wire(monkeypatch: pytest.MonkeyPatch) -> Wire:
@@ -144,16 +149,16 @@ def test_a_wish_is_answered_to_the_one_who_asked(wire: Wire) -> None:
     "The answer names its asker and holds the picture."
     one = view()
     Screen(one).hear({"kind": "ask", "view": "v1", "values": {"a": 7, "name": "y", "again": False}, "pressed": "again"})
-    (message, _), = wire.sent
-    assert (message["view"], message["error"]) == ("v1", "")
-    assert json.loads(message["picture"])["texts"] == "a = 7, y, True"
+    answer = wire.answers()[0]
+    assert (answer["view"], answer["error"]) == ("v1", "")
+    assert answer["picture"]["texts"] == "a = 7, y, True"
 
 
 def test_a_refused_wish_is_answered_with_its_reason(wire: Wire) -> None:
     "The reader sees the sentence of the exception, and no picture takes the old one's place."
     Screen(view()).hear({"kind": "ask", "view": "v1", "values": {"a": 13}})
-    message = wire.sent[0][0]
-    assert message["error"] == "13 cannot be drawn: take another" and "picture" not in message
+    answer = wire.answers()[0]
+    assert answer["error"] == "13 cannot be drawn: take another" and "picture" not in answer
 
 
 def test_a_fault_is_answered_and_raised(wire: Wire) -> None:
@@ -162,7 +167,7 @@ def test_a_fault_is_answered_and_raised(wire: Wire) -> None:
     def fail() -> Picture: raise KeyError("lost")
 
     with pytest.raises(KeyError): Screen(View("t", "c", [], fail)).hear({"kind": "ask", "view": "v1", "values": {}})
-    assert "kernel's log" in wire.sent[0][0]["error"]
+    assert "Python's log" in wire.answers()[0]["error"]
 
 
 def test_the_library_is_sent_when_it_is_asked_for(wire: Wire) -> None:
@@ -178,7 +183,7 @@ def test_a_push_reaches_every_open_screen(wire: Wire) -> None:
     first, second = Screen(one), Screen(one)
     first.close()
     one.push()
-    pushed = [message for message, _ in wire.sent if message.get("kind") == "answer"]
+    pushed = wire.answers()
     assert len(pushed) == 1 and one.screens == [second]
     assert "view" not in pushed[0]
 
