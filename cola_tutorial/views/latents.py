@@ -62,8 +62,8 @@ def text_latents(
     text: str,  # not empty, at most the model's longest
 ) -> TextLatents:  # on the processor
     "Encode one text; raises `PromptError` for a text that is too long, `ViewError` for one without words."
+    if not text: raise ViewError("there is no text: write a few words")
     (ids,) = prompt_tokens(model, [text], model.generation.max_length)
-    if not ids: raise ViewError("there is no text: write a few words")
     c, tokenizer, block = model.config.vae, model.tokenizer, model.config.tokens_per_block
     tokens = torch.tensor([[*ids, *[model.config.pad_id] * (-len(ids) % block)]], device=model.device)
     posterior = model.vae.encode(tokens)
@@ -77,7 +77,7 @@ def text_latents(
 class LatentSlice:
     "A plane through three latents, with orthonormal coordinates."
 
-    origin: Tensor  # the first latent, (d,)
+    origin: Tensor  # the middle of the three latents, (d,)
     axes: Tensor  # two unit vectors at a right angle, (2, d)
     corners: Tensor  # where the three latents lie, (3, 2)
 
@@ -89,23 +89,17 @@ class LatentSlice:
         "Where the feet of `latents` (..., d) lie; those in the plane come back."
         return (latents - self.origin) @ self.axes.T
 
-    def window(self, margin: float = 0.35) -> tuple[Tensor, Tensor]:  # least and greatest x and y, (2,) each
-        "A square around the three latents."
-        low, high = self.corners.amin(0), self.corners.amax(0)
-        half = (0.5 + margin) * (high - low).max()
-        return (low + high) / 2 - half, (low + high) / 2 + half
-
 
 def slice_through(
     latents: Tensor,  # three latents, (3, d)
 ) -> LatentSlice:
     "The plane of three latents; raises `ViewError` where they span none."
-    origin, *ways = latents[0], *(latents[1:] - latents[0])
+    ways = latents[1:] - latents[0]
     across, reach = F.normalize(ways[0], dim=0), max(way.norm() for way in ways)
     left = ways[1] - (ways[1] @ across) * across
     if not reach > 0 or min(ways[0].norm(), left.norm()) < 1e-3 * reach: raise ViewError("these three latents lie on one line: choose three different words")
-    axes = torch.stack([across, F.normalize(left, dim=0)])
-    return LatentSlice(origin, axes, torch.stack([(latents[i] - origin) @ axes.T for i in range(3)]))
+    axes, origin = torch.stack([across, F.normalize(left, dim=0)]), latents.mean(0)
+    return LatentSlice(origin, axes, (latents - origin) @ axes.T)
 
 # %% ../../nbs/14e_latents.ipynb #f2d81e48
 def sliced_gaussian(
@@ -125,7 +119,7 @@ def ellipse(
     points: int = 49,  # on the line, the first again as the last
 ) -> Tensor:  # (points, 2)
     "The line on which a Gaussian of the plane is `radius` standard deviations away."
-    turn = torch.linspace(0, 2 * math.pi, points)
+    turn = torch.linspace(0, 2 * math.pi, points, dtype=covariance.dtype)
     return mean + radius * torch.stack([turn.cos(), turn.sin()], 1) @ torch.linalg.cholesky(covariance).T
 
 # %% ../../nbs/14e_latents.ipynb #0e048a36
@@ -176,8 +170,7 @@ class BasinMap:
     corners: tuple[int, int, int]  # latents through which the plane goes
     place: int  # latent that is moved
     plane: LatentSlice
-    x: Tensor  # of the columns, (GRID,)
-    y: Tensor  # of the rows, (GRID,)
+    side: Tensor  # coordinate of the columns and of the rows, (GRID,)
     tokens: Tensor  # read there, (GRID, GRID, patch_size)
     sure: Tensor  # the decoder's probability of them, (GRID, GRID)
 
@@ -193,16 +186,17 @@ def read_map(
     told: TextLatents,  # a text
     corners: Sequence[int],  # three latents of it
     place: int,  # latent that is moved
+    reach: float,  # half a side of the map, in latent units
 ) -> BasinMap:
-    "Read the square around three latents; raises `ViewError` for words that are not there or span no plane."
+    "Read the square around three latents; raises `ViewError` for words that are not there, span no plane or lie beyond the square."
     if bad := [i for i in (*corners, place) if not 0 <= i < len(told.names)]: raise ViewError(f"the text has no word {bad[0] + 1}: it has {len(told.names)}")
     if len({*corners}) < 3: raise ViewError("two of the three words are the same: choose three different ones")
     plane = slice_through(told.mean[list(corners)])
-    low, high = plane.window()
-    x, y = (torch.linspace(low[i].item(), high[i].item(), GRID) for i in (0, 1))
-    places = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)  # (rows, columns, 2)
+    if plane.corners.abs().max() > reach: raise ViewError("these three latents lie too far apart for this map: choose other words")
+    side = torch.linspace(-reach, reach, GRID)
+    places = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1)  # (rows, columns, 2)
     tokens, sure = words_at(model, told.mean, place, plane.latents(places).flatten(0, 1))
-    return BasinMap(told, tuple(corners), place, plane, x, y, tokens.view(GRID, GRID, -1), sure.view(GRID, GRID))
+    return BasinMap(told, tuple(corners), place, plane, side, tokens.view(GRID, GRID, -1), sure.view(GRID, GRID))
 
 # %% ../../nbs/14e_latents.ipynb #d6905eb5
 def _name(model: ColaDLM, ids: Tensor) -> str:
@@ -216,12 +210,12 @@ def _lands(model: ColaDLM, basin: BasinMap) -> list[go.Heatmap | go.Scatter]:
     colours = (QUIET, *OKABE_ITO[: len(lands)])
     for i, (_, land) in enumerate(lands): number[land] = i + 1
     steps = [[(i + side) / len(colours), colour] for i, colour in enumerate(colours) for side in (0, 1)]
-    gaps = torch.stack(torch.meshgrid(basin.x, basin.y, indexing="xy"), -1)[:, :, None] - basin.plane.corners  # (GRID, GRID, 3, 2)
-    free = (gaps.norm(dim=-1) > 0.12 * (basin.x[-1] - basin.x[0])).all(-1)  # a name does not hide a corner
+    gaps = torch.stack(torch.meshgrid(basin.side, basin.side, indexing="xy"), -1)[:, :, None] - basin.plane.corners  # (GRID, GRID, 3, 2)
+    free = (gaps.norm(dim=-1) > 0.24 * basin.side[-1]).all(-1)  # a name does not hide a corner
     middles = [_middle(land, free) for _, land in lands]
-    shape = {"x": basin.x.numpy(), "y": basin.y.numpy(), "showscale": False, "hoverinfo": "skip", "opacity": 0.55}
+    shape = {"x": basin.side.numpy(), "y": basin.side.numpy(), "showscale": False, "hoverinfo": "skip", "opacity": 0.55}
     scale = {"colorscale": steps, "zmin": -0.5, "zmax": len(colours) - 0.5}
-    where = {"x": [basin.x[column].item() for _, column in middles], "y": [basin.y[row].item() for row, _ in middles]}
+    where = {"x": [basin.side[column].item() for _, column in middles], "y": [basin.side[row].item() for row, _ in middles]}
     text = {"text": [html.escape(_name(model, ids)) for ids, _ in lands], "textfont": {"color": INK, "size": 14}}
     return [go.Heatmap(z=number.numpy(), **shape, **scale), go.Scatter(mode="text", showlegend=False, hoverinfo="skip", **where, **text)]
 
@@ -229,7 +223,7 @@ def _lands(model: ColaDLM, basin: BasinMap) -> list[go.Heatmap | go.Scatter]:
 def _sureness(basin: BasinMap) -> list[go.Heatmap | go.Scatter]:
     "The decoder's probability of the word it reads, and nothing where the names stood."
     bar = {"title": {"text": "probability", "side": "right"}, "thickness": 12}
-    shape = {"x": basin.x.numpy(), "y": basin.y.numpy(), "hoverinfo": "skip", "opacity": 0.9}
+    shape = {"x": basin.side.numpy(), "y": basin.side.numpy(), "hoverinfo": "skip", "opacity": 0.9}
     return [go.Heatmap(z=basin.sure.numpy(), zmin=0, zmax=1, colorscale="Cividis", colorbar=bar, **shape), go.Scatter(x=[], y=[], showlegend=False)]
 
 
@@ -280,35 +274,37 @@ def _away(basin: BasinMap, place: Tensor) -> str:
 class _Basins:
     "What the basin map draws, and what it keeps."
 
-    def __init__(self, model: ColaDLM, text: str):
-        self.model, self.text, self.shown = model, text, None
+    def __init__(self, model: ColaDLM, text: str, corners: Sequence[int]):
+        self.model, self.shown = model, (text, *corners)
         self.encode = lru_cache(8)(lambda text: text_latents(model, text))
-        self.read = lru_cache(16)(lambda text, corners, place: read_map(model, self.encode(text), corners, place))
+        self.reach = round(1.4 * self.encode(text).mean.norm(dim=-1).max().item(), 1)  # the encoder's norm makes all latents about as long
+        self.read = lru_cache(16)(lambda text, corners, place: read_map(model, self.encode(text), corners, place, self.reach))
 
-    def controls(self, told: TextLatents, corners: Sequence[int], basin: BasinMap, place: Tensor) -> list[Control]:
-        "Words to choose from, and how far the point can go."
-        words = [(f"{i + 1} {name}", i) for i, name in enumerate(told.names)]
-        chosen = [Control(letter, f"{letter}:", "choice", i, options=words) for letter, i in zip("abc", corners)]
-        step = 10 ** math.floor(math.log10((basin.x[-1] - basin.x[0]).item() / 50))
-        ends = {name: (math.floor(axis[0].item() / step) * step, math.ceil(axis[-1].item() / step) * step) for name, axis in (("x", basin.x), ("y", basin.y))}
-        reach = [Control(name, f"{name} of the point", "number", float(value), *ends[name], step) for name, value in zip("xy", place.tolist())]
-        return [*chosen, *reach]
+    def words(self, told: TextLatents, corners: Sequence[int]) -> list[Control]:
+        "What can be chosen as A, B and C."
+        options = [(f"{i + 1} {name}", i) for i, name in enumerate(told.names)]
+        return [Control(letter, f"{letter.upper()} is", "choice", i, options=options) for letter, i in zip("abc", corners)]
+
+    def point(self, place: Tensor) -> list[Control]:
+        "Where the point is, and how far it can go."
+        place = place.clamp(-self.reach, self.reach).tolist()
+        return [Control(name, f"{name} of the point", "number", round(value, 2), -self.reach, self.reach, 0.01) for name, value in zip("xy", place)]
 
     def draw(self, text: str, a: int, b: int, c: int, moved: int, look: str, x: float, y: float) -> Picture:
         "The map for a text, three of its words, the one that is moved, and a point."
-        told, corners = self.encode(text), (a, b, c)
-        if text != self.text: corners, x, y = _three_words(told), 0.0, 0.0
+        told, corners, place, controls = self.encode(text), (a, b, c), torch.tensor([x, y]), []
+        if text != self.shown[0]: corners = _three_words(told)
         basin = self.read(text, corners, corners[moved])
-        low, high = (torch.stack([basin.x[i], basin.y[i]]) for i in (0, -1))
-        place = torch.tensor([x, y]).clamp(low, high)
+        if text != self.shown[0]:
+            place = basin.plane.corners[0]
+            controls = [*self.words(told, corners), *self.point(place)]
         figure = _map_figure(self.model, basin, look, place)
         words, best = _read_point(self.model, basin, basin.plane.latents(place))
         likely = ", ".join(f"“{html.escape(name)}” {p:.0%}" for name, p in best)
         said = f"At the point ({place[0]:.2f}, {place[1]:.2f}) the word “{html.escape(told.names[basin.place])}” is read as {likely}."
         texts = f"<p>{said}<br>Distance to {_away(basin, place)}.</p><p>{words}</p>"
         lands = ", ".join(f"{_name(self.model, ids)} {land.float().mean():.0%}" for ids, land in basin.lands())
-        new, self.text, self.shown = (text, corners) != self.shown, text, (text, corners)
-        controls = self.controls(told, corners, basin, place) if new else []
+        self.shown = text, *corners
         return Picture(figure, texts, alt=f"{html.unescape(said)} Land of the words on the map: {lands}.", controls=controls)
 
 # %% ../../nbs/14e_latents.ipynb #90725fde
@@ -325,9 +321,9 @@ def _map_figure(model: ColaDLM, basin: BasinMap, look: str, place: Tensor) -> go
     figure.add_traces(_posteriors(basin, INK if look == "word" else OKABE_ITO[3]))  # seen on bright yellow and dark blue, in every theme
     disc = {"size": 13, "color": "#ffffff", "line": {"width": 3, "color": "#000000"}}  # seen on every ground
     figure.add_scatter(x=[place[0].item()], y=[place[1].item()], mode="markers", marker=disc, name="the point", hoverinfo="skip")
-    reach = lambda axis: [axis[0].item(), axis[-1].item()]
-    figure.update_xaxes(title_text="distance along A to B (latent units)", range=reach(basin.x), constrain="domain", nticks=7)
-    figure.update_yaxes(title_text="distance at right angles (latent units)", range=reach(basin.y), scaleanchor="x", constrain="domain", nticks=7)
+    ends = {"constrain": "domain", "nticks": 7, "range": [basin.side[0].item(), basin.side[-1].item()]}
+    figure.update_xaxes(title_text="distance along A to B (latent units)", **ends)
+    figure.update_yaxes(title_text="distance at right angles (latent units)", scaleanchor="x", **ends)
     narrow = figure.layout.meta["narrow"] | {"height": 440, "legend": {"y": -0.25}}
     return figure.update_layout(legend={"y": -0.12}, meta={"narrow": narrow})
 
@@ -342,9 +338,9 @@ def basin_map(
     if len(words) != 3: raise ViewError(f"{len(words)} words are given: a plane needs three")
     if absent := [word for word in words if word not in told.names]:
         raise ViewError(f"no latent of the text reads {absent[0]!r}: take some of {', '.join(told.names)}")
-    basins, corners = _Basins(model, text), tuple(told.names.index(word) for word in words)
-    basin = basins.read(text, corners, corners[0])
-    made = basins.controls(told, corners, basin, torch.zeros(2))
+    corners = tuple(told.names.index(word) for word in words)
+    basins = _Basins(model, text, corners)
+    point = basins.point(basins.read(text, corners, corners[0]).plane.corners[0])
     moved = Control("moved", "move the latent of", "choice", 0, options=[(letter, i) for i, letter in enumerate("ABC")])
     look = Control("look", "show", "choice", "word", options=[("the word", "word"), ("how sure", "sure")])
     caption = (
@@ -352,7 +348,8 @@ def basin_map(
         "Drag the point from A to B: does the word change inside the dotted line, the posterior's 2 σ, or far outside? Does the rest of the sentence mind?"
     )
     pointer = Pointer("drag", ("x", "y"), "A map of words: drag the point to read the text with the latent under it.")
-    return View("Basins of words", caption, [Control("text", "text", "text", text), *made[:3], moved, look, *made[3:]], basins.draw, pointer, vary="x")
+    controls = [Control("text", "text", "text", text), *basins.words(told, corners), moved, look, *point]
+    return View("Basins of words", caption, controls, basins.draw, pointer, vary="x")
 
 # %% ../../nbs/14e_latents.ipynb #0bfeae2c
 def timeshift_density(
