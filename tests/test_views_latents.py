@@ -377,7 +377,7 @@ def test_the_lab_shows_the_run_that_was_chosen() -> None:
     total = np.add(data["length"].y, data["narrowness"].y)
     assert total.tolist() == pytest.approx(sorted(run["kl"], reverse=True))
     assert len(data["collapsed"].x) == 16 - sum(used_dimensions(run))
-    assert (data["this run"].x[0], data["this run"].y[0]) == (run["log_snr"], run["right"][0])
+    assert (data["this run"].x[0], data["this run"].y[0]) == (run["log_snr"], run["right"][room.LAB_LOOK])
     assert f"{sum(used_dimensions(run))} of 16" in picture.alt
     held = [view.picture(posterior="width held, log SNR 3", beta=beta).alt for beta in (0.0, 1.0)]
     assert held[0] == held[1] and "changes nothing" in held[0]

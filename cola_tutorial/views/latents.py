@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GRID', 'NOISE_TIMES', 'NOISES', 'LAB_POSTERIORS', 'LAB_BETAS', 'LAB_MASK_WEIGHTS', 'LAB_LEVELS', 'COLLAPSED',
-           'TextLatents', 'text_latents', 'LatentSlice', 'slice_through', 'sliced_gaussian', 'ellipse', 'words_at',
-           'BasinMap', 'read_map', 'basin_map', 'timeshift_density', 'asked_beyond', 'bridge_log_snr',
+           'LAB_LOOK', 'TextLatents', 'text_latents', 'LatentSlice', 'slice_through', 'sliced_gaussian', 'ellipse',
+           'words_at', 'BasinMap', 'read_map', 'basin_map', 'timeshift_density', 'asked_beyond', 'bridge_log_snr',
            'read_through_noise', 'mean_interval', 'robustness_curve', 'half_time', 'noise_schedule', 'lab_recipe',
            'lab_cells', 'measure_posterior', 'train_lab_cell', 'write_posterior_lab', 'read_posterior_lab',
            'used_dimensions', 'posterior_lab']
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..config import Stage1Config, data_dir
 from ..flow import bridge
@@ -599,7 +599,7 @@ def write_posterior_lab(
     start, rows, held_rows = prepare(recipe)
     tokens, document = token_batch(held_rows, range(min(unseen, len(held_rows))))
     held_out = tokens, counted_positions(document, start.config.tokens_per_block)
-    runs = [train_lab_cell(cell, recipe, start, rows, held_out) for cell in tqdm(lab_cells() if cells is None else cells, desc="posterior lab")]
+    runs = [train_lab_cell(cell, recipe, start, rows, held_out) for cell in tqdm(lab_cells() if cells is None else cells, desc="posterior lab", disable=None)]
     lab = {"recipe": asdict(recipe), "unseen": len(tokens), "levels": LAB_LEVELS, "runs": runs}
     lines = ",\n".join("  " + json.dumps(run) for run in runs)
     text = json.dumps(lab | {"runs": []}, indent=1).removesuffix('"runs": []\n}') + f'"runs": [\n{lines}\n ]\n}}\n'
@@ -608,6 +608,7 @@ def write_posterior_lab(
 
 # %% ../../nbs/14e_latents.ipynb #d7dae9ce
 COLLAPSED = 0.01  # variance of a dimension's mean over words, below which it says nothing
+LAB_LOOK = 4  # number of the noise level at which all runs are compared
 
 
 def read_posterior_lab(
@@ -655,25 +656,27 @@ def _lab_bars(figure: go.Figure, run: dict, top: float) -> None:
 def _lab_figure(lab: dict, run: dict) -> go.Figure:
     "Dimensions, all runs, and the noise that this one bears."
     figure = panels(["KL of each dimension", "all runs", "noise that it bears"], height=420).update_layout(barmode="stack")
-    _lab_bars(figure, run, 1.05 * max(max(one["kl"]) for one in lab["runs"]))
+    alike = [one for one in lab["runs"] if all(one[name] == run[name] for name in ("posterior", "lambda_mask"))]
+    _lab_bars(figure, run, 1.05 * max(max(one["kl"]) for one in alike))  # one scale for all prices
     looks = {"width learned": (OKABE_ITO[0], "circle"), "nothing held": (OKABE_ITO[1], "triangle-up")}
     groups = {}
     for one in lab["runs"]: groups.setdefault(one["posterior"] if one["posterior"] in looks else "width held", []).append(one)
     for name, runs in groups.items():
         colour, symbol = looks.get(name, (OKABE_ITO[2], "square"))
         filled = [symbol + ("-open" if one["lambda_mask"] else "") for one in runs]
-        spots = {"x": [one["log_snr"] for one in runs], "y": [one["right"][0] for one in runs]}
+        spots = {"x": [one["log_snr"] for one in runs], "y": [one["right"][LAB_LOOK] for one in runs]}
         figure.add_scatter(**spots, mode="markers", name=name, marker={"color": colour, "symbol": filled, "size": 8}, row=1, col=2)
     star = {"symbol": "star-open", "size": 18, "color": INK, "line": {"width": 2}}
-    figure.add_scatter(x=[run["log_snr"]], y=[run["right"][0]], mode="markers", marker=star, name="this run", row=1, col=2)
+    figure.add_scatter(x=[run["log_snr"]], y=[run["right"][LAB_LOOK]], mode="markers", marker=star, name="this run", row=1, col=2)
     rest = [value for one in lab["runs"] for value in (*one["right"], None)]
     thin = {"mode": "lines", "line": {"color": QUIET, "width": 1}, "hoverinfo": "skip"}
     figure.add_scatter(x=[*lab["levels"], None] * len(lab["runs"]), y=rest, **thin, name="others", row=1, col=3)
     marks = {"mode": "lines+markers", "line": {"color": OKABE_ITO[3], "width": 2}}
     figure.add_scatter(x=lab["levels"], y=run["right"], **marks, name="this run's words", row=1, col=3)
     figure.update_xaxes(title_text="log SNR reached (nats)", row=1, col=2).update_xaxes(title_text="flow time t of the noise", range=[0, 0.92], row=1, col=3)
-    for panel in (2, 3): figure.update_yaxes(title_text="share of tokens right", range=[-0.03, 1.05], row=1, col=panel)
-    return figure.update_layout(legend={"y": -0.25})
+    for panel, title in ((2, f"tokens right at t = {lab['levels'][LAB_LOOK]:g}"), (3, "share of tokens right")):
+        figure.update_yaxes(title_text=title, range=[-0.03, 1.05], row=1, col=panel)
+    return figure.update_layout(legend={"y": -0.25, "traceorder": "normal"})
 
 # %% ../../nbs/14e_latents.ipynb #3de037cb
 def posterior_lab(
@@ -688,7 +691,7 @@ def posterior_lab(
         none = " With the width held the KL is a constant, and β changes nothing: this is one run for all β." if run["beta"] is None else ""
         said = (
             f"{sum(used)} of {len(used)} dimensions say something. KL {total:.2f} nats, of which {length:.2f} are length; log SNR {run['log_snr']:.2f}. "
-            f"Of unseen words {run['right'][0]:.1%} come back, under noise at t = {lab['levels'][4]:g} {run['right'][4]:.1%}; "
+            f"Of unseen words {run['right'][0]:.1%} come back, under noise at t = {lab['levels'][LAB_LOOK]:g} {run['right'][LAB_LOOK]:.1%}; "
             f"of hidden words {run['hidden']:.1%} are guessed.{none}"
         )
         return Picture(_lab_figure(lab, run), f"<p>{said}</p>", alt=said)
