@@ -6,7 +6,7 @@
 __all__ = ['Clouds', 'drawn_velocity', 'flow_errors', 'be_the_field', 'answers_plane', 'WeighedTexts', 'weighed_texts',
            'guidance_dissector', 'SolverWalk', 'SolverBench', 'solver_bench', 'straightness', 'step_bench']
 
-# %% ../../nbs/14d_field.ipynb #12beae18
+# %% ../../nbs/14d_field.ipynb #1bf8eb71
 import html
 import math
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from ..model import ColaDLM
 from ..screen import Control, Picture, Pointer, View, add_frames, panels
 from ..viz import INK, OKABE_ITO, QUIET, ViewError, token_name
 
-# %% ../../nbs/14d_field.ipynb #872cea2f
+# %% ../../nbs/14d_field.ipynb #458ecd9d
 @dataclass(frozen=True)
 class Clouds:
     "Round clouds of data in the plane, whose best velocity is known in closed form."
@@ -59,7 +59,7 @@ class Clouds:
         weight = log_density.reshape(-1, times).softmax(-1)[..., None]  # (M, times, 1)
         return (weight * v.reshape(-1, times, 2)).sum(1)
 
-# %% ../../nbs/14d_field.ipynb #67c4e69a
+# %% ../../nbs/14d_field.ipynb #97f05ba0
 def drawn_velocity(
     arrows: Tensor,  # x, y, dx, dy of each, (A, 4); the direction in which particles move as t falls
     z: Tensor,  # places, (M, 2)
@@ -72,7 +72,7 @@ def drawn_velocity(
     weight = torch.exp(-(z[:, None] - nearest).square().sum(-1) / (2 * reach**2))  # (M, A)
     return -(weight @ way) / (weight.sum(-1, keepdim=True) + 0.05)
 
-# %% ../../nbs/14d_field.ipynb #d34bf550
+# %% ../../nbs/14d_field.ipynb #4cab059f
 def flow_errors(
     clouds: Clouds,  # the data
     fields: dict[str, Callable[[Tensor, Tensor], Tensor]],  # name -> dz/dt at places (M, 2) and times (M,)
@@ -87,7 +87,7 @@ def flow_errors(
     z_t = (1 - t[:, None]) * z_0 + t[:, None] * z_1
     return {name: (field(z_t, t) - (z_1 - z_0)).square().mean().item() for name, field in fields.items()}
 
-# %% ../../nbs/14d_field.ipynb #d4ae9523
+# %% ../../nbs/14d_field.ipynb #fe76faf8
 _SPANS = {"all": (1.0, 0.0), "early": (1.0, 0.5), "late": (0.5, 0.0)}  # when the drawing acts; at other times the optimum does
 _FIRST = ((0.0, 0.0, -1.9, -0.4), (0.0, 0.0, 1.6, 1.6), (0.0, 0.0, 1.3, -1.7))  # straight to the clouds: a first idea
 
@@ -113,7 +113,7 @@ def _arrivals(clouds: Clouds, z: Tensor) -> list[int]:  # at each centre
     distance = torch.cdist(z, torch.tensor(clouds.centres))  # (M, K)
     return (distance <= 3 * clouds.spread).sum(0).tolist()
 
-# %% ../../nbs/14d_field.ipynb #69908ef1
+# %% ../../nbs/14d_field.ipynb #d5a951d6
 def _follow_field(clouds: Clouds, field: Callable, span: tuple[float, float], count: int, steps: int) -> Tensor:  # (steps + 1, count, 2)
     "Particles from noise to meaning along `field` while t is in `span`, and along the optimum while it is not."
     high, low = span
@@ -147,7 +147,7 @@ def _field_figure(clouds: Clouds, arrows: np.ndarray, errors: dict[str, float], 
     figure.update_xaxes(title_text="squared error per dimension", range=[0, most], nticks=4, row=1, col=2)
     return figure.update_yaxes(autorange="reversed", row=1, col=2)
 
-# %% ../../nbs/14d_field.ipynb #45f140aa
+# %% ../../nbs/14d_field.ipynb #69897e98
 def _field_picture(clouds: Clouds, arrows: Tensor, part: str, follow: str, count: int, steps: int) -> Picture:
     "One state of the game; `follow` is a key of `_fields`."
     span, where = _SPANS[part], torch.linspace(-2.7, 2.7, 10)
@@ -171,7 +171,7 @@ def _field_picture(clouds: Clouds, arrows: Tensor, part: str, follow: str, count
     levels = ", ".join(f"{name} {error:.2f}" for name, error in errors.items())
     return Picture(figure, f"<p>{said}</p>", "flow time t (1 noise, 0 meaning)", alt=f"{len(arrows)} arrows. {said} Squared errors: {levels}.")
 
-# %% ../../nbs/14d_field.ipynb #d43cef0f
+# %% ../../nbs/14d_field.ipynb #e5b1b497
 def be_the_field(
     arrows: Sequence[Sequence[float]] = _FIRST,  # x, y, dx, dy of each, to begin with
     clouds: Clouds | None = None,  # the data; None: three clouds
@@ -204,7 +204,7 @@ def be_the_field(
     pointer = Pointer("stroke", ("strokes",), "Press, drag and let go to draw an arrow along which particles move.")
     return View("Be the field", caption, controls, draw, pointer)
 
-# %% ../../nbs/14d_field.ipynb #b33ed044
+# %% ../../nbs/14d_field.ipynb #19555e0d
 def answers_plane(
     conditional: Tensor,  # velocity with history, (..., D)
     unconditional: Tensor,  # velocity without, (..., D)
@@ -217,7 +217,7 @@ def answers_plane(
     scale = conditional.shape[-1] ** 0.5
     return torch.cat([size, torch.zeros_like(size)], -1) / scale, torch.cat([along, across], -1) / scale
 
-# %% ../../nbs/14d_field.ipynb #e6fa6506
+# %% ../../nbs/14d_field.ipynb #64051229
 class _WeighedWriter(Writer):
     "A writer with a guidance weight for each row."
 
@@ -249,7 +249,7 @@ class WeighedTexts:
     given: int  # latents at the start of the first block that the prompt gave: they do not move
     history: bool  # whether the first block has one
 
-# %% ../../nbs/14d_field.ipynb #b01a7597
+# %% ../../nbs/14d_field.ipynb #7c9935fd
 @torch.no_grad()
 def weighed_texts(
     model: ColaDLM,  # in evaluation mode
@@ -280,7 +280,7 @@ def weighed_texts(
     history = prompts.whole[0] > 0
     return WeighedTexts(tuple(weights), torch.tensor(times[:-1]), conditional, unconditional, torch.stack(tokens, 1), ids, prompts.rest[0], history)
 
-# %% ../../nbs/14d_field.ipynb #e15f0b1d
+# %% ../../nbs/14d_field.ipynb #051384c7
 def _marked(words: Sequence[str], others: Sequence[str]) -> str:
     "Words as HTML, those marked that differ from `others`."
     parts = []
@@ -313,7 +313,7 @@ def _weight_table(model: ColaDLM, found: WeighedTexts, row: int) -> str:
     head = "<tr><th scope='col'>w</th><th scope='col'>goes on (marked: other than under 1)</th></tr>"
     return f"<p class='cola-past'>{past} …</p><table>{head}{lines}</table>"
 
-# %% ../../nbs/14d_field.ipynb #089776ab
+# %% ../../nbs/14d_field.ipynb #6892338d
 def _plane_traces(c: Tensor, u: Tensor, w: float, widest: float, t: float) -> list[dict]:
     "What one step shows: the line that guidance walks along, three arrows, and the time in both other panels; `c` and `u` (2,)."
     v, ends = guide(u, c, w), torch.stack([u, guide(u, c, widest)])
@@ -349,7 +349,7 @@ def _dissection(c: Tensor, u: Tensor, times: Tensor, w: float, widest: float, wo
         figure.update_yaxes(title_text=title, range=[0, high], nticks=5, row=1, col=column)
     return figure.update_yaxes(tickvals=[0, 45, 90, 135, 180], row=1, col=3)
 
-# %% ../../nbs/14d_field.ipynb #37f6474f
+# %% ../../nbs/14d_field.ipynb #5f6ccbef
 def _dissected(model: ColaDLM, found: WeighedTexts, weight: float, block: int, latent: int) -> Picture:
     "Picture of one block of one of the texts; `latent` counts from 1, 0 is the whole block."
     row, number = found.weights.index(weight), min(block, len(found.conditional)) - 1
@@ -372,7 +372,7 @@ def _dissected(model: ColaDLM, found: WeighedTexts, weight: float, block: int, l
     told = f"<p>Block {number + 1} of {len(found.conditional)} under w = {weight:g} reads <mark>{words}</mark>. {said}</p>"
     return Picture(figure, told + _weight_table(model, found, row), "flow time t (1 noise, 0 meaning)", widest, f"Block {number + 1} reads {words}. {said}")
 
-# %% ../../nbs/14d_field.ipynb #cd82092b
+# %% ../../nbs/14d_field.ipynb #3b1aef1d
 def guidance_dissector(
     model: ColaDLM,  # with tokenizer, in evaluation mode
     prompt: str = "Tom lived near the mill with his sister.",  # to begin with; empty: a text from nothing
@@ -401,7 +401,7 @@ def guidance_dissector(
     caption = "Play from noise to meaning. When do the two answers part, and where does the combined one go that neither pointed to? Then compare the texts."
     return View("Guidance, taken apart", caption, controls, draw)
 
-# %% ../../nbs/14d_field.ipynb #0fdabfc4
+# %% ../../nbs/14d_field.ipynb #7e51ddef
 @dataclass
 class SolverWalk:
     "All blocks of a text on their way, side by side."
@@ -416,8 +416,7 @@ class SolverBench:
     "A text whose blocks are walked anew, each with the text before it as history."
 
     model: ColaDLM
-    prompts: Prompts  # the text up to each block
-    noise: Tensor  # z_1, (B, n, d)
+    writer: Writer  # remembers, in each row, the text up to a block, and holds the block's noise
     moves: Tensor  # False where the prompt gives a latent, (B, n) bool
     given: int  # tokens at the start of the first block that the prompt gives
     prompt: list[int]  # ids
@@ -425,12 +424,12 @@ class SolverBench:
     @torch.no_grad()
     def walk(self, solver: str, steps: int) -> SolverWalk:
         "Every block from its noise to meaning in equal steps; raises `ConfigError` for an unknown solver."
-        config = replace(self.model.generation, solver=solver, steps=steps, times=(), time_shift=1.0, renew_below=0.0, temperature=0.0, first_block="clean")
-        writer = Writer(self.model, self.prompts, replace(config, repetition_penalty=1.0), 1, [0] * len(self.noise), [self.noise])
-        times, z = zip(*((t, z) for _, t, z in writer.steps()))
-        return SolverWalk(torch.tensor(times), torch.stack(z).cpu(), writer.finish(z[-1]).tokens.cpu())
+        self.writer.config = replace(self.writer.config, solver=solver, steps=steps)
+        times, z = zip(*((t, z) for _, t, z in self.writer.steps()))
+        logits = self.model.vae.decode(z[-1], self.writer.decoder)  # not committed: the writer stands before its block as before
+        return SolverWalk(torch.tensor(times), torch.stack(z).cpu(), logits.argmax(-1).cpu())
 
-# %% ../../nbs/14d_field.ipynb #a0af918a
+# %% ../../nbs/14d_field.ipynb #e01f12f5
 @torch.no_grad()
 def solver_bench(
     model: ColaDLM,  # in evaluation mode
@@ -453,9 +452,11 @@ def solver_bench(
     moves = torch.ones(blocks, size, dtype=torch.bool)
     moves[0, : prompts.rest[0]] = False
     z_1 = torch.randn(blocks, size, model.config.dit.latent_dim, generator=noise)
-    return SolverBench(model, read_prompts(model, prefixes), z_1, moves, len(ids) - first * per_block, ids)
+    exact = replace(config, time_shift=1.0, renew_below=0.0)
+    ready = Writer(model, read_prompts(model, prefixes), exact, 1, [seed] * blocks, [z_1])
+    return SolverBench(model, ready, moves, len(ids) - first * per_block, ids)
 
-# %% ../../nbs/14d_field.ipynb #58158652
+# %% ../../nbs/14d_field.ipynb #63bfb942
 def straightness(
     z: Tensor,  # walks, (S + 1, M, D)
 ) -> Tensor:  # of each, from 0 to 1, (M,)
@@ -474,7 +475,7 @@ def _judged(bench: SolverBench, found: SolverWalk, reference: SolverWalk) -> dic
     changed = (found.tokens != reference.tokens).flatten()[bench.given :]
     return {"error": _rms(ways[-1] - exact[-1]).item(), "words": changed.sum().item(), "straight": straightness(ways).mean().item()}
 
-# %% ../../nbs/14d_field.ipynb #ae810473
+# %% ../../nbs/14d_field.ipynb #eb054a4b
 _COUNTS = (4, 8, 16, 32)  # evaluations of the prior for each block
 _ASKS = {name: len(solver.nodes) for name, solver in SOLVERS.items()}  # evaluations for each step
 _LOOKS = {"euler": (OKABE_ITO[0], "solid", "circle"), "heun": (OKABE_ITO[1], "dash", "square"),
@@ -524,7 +525,7 @@ def _bench_figure(found: _Trials, solver: str, count: int, measure: str):
     figure.update_xaxes(title_text="flow time t", range=[1.02, -0.02], tickvals=[1, 0.5, 0], row=1, col=2)
     return figure.update_yaxes(title_text="distance (rms)", rangemode="tozero", nticks=5, row=1, col=2)
 
-# %% ../../nbs/14d_field.ipynb #282f0b4b
+# %% ../../nbs/14d_field.ipynb #5da1fae2
 def _bench_picture(found: _Trials, solver: str, count: int, measure: str) -> Picture:
     "One solver with so many evaluations against the reference."
     score, bench, steps = found.scores[solver, count], found.bench, count // _ASKS[solver]
