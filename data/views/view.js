@@ -4,11 +4,12 @@ const cola = (() => {
   "use strict";
   // Figures name two colours that depend on the theme; everything else keeps its colour. See INK and QUIET in Python.
   const THEMES = {
-    light: { "#101010": "#101010", "#C8C8C8": "#C8C8C8", ink: "#1a1a1a", grid: "#e3e3e3", paper: "#ffffff" },
-    dark: { "#101010": "#f2f2f2", "#C8C8C8": "#565b61", ink: "#ececec", grid: "#3a3e43", paper: "#16181b" },
+    light: { swap: {}, ink: "#1a1a1a", grid: "#e3e3e3", paper: "#ffffff" },
+    dark: { swap: { "#101010": "#f2f2f2", "#C8C8C8": "#565b61" }, ink: "#ececec", grid: "#3a3e43", paper: "#16181b" },
   };
   const NARROW = 560; // pixels: below, panels stand below one another
   const PATIENCE = 20000; // milliseconds without an answer before we say so
+  const OWN = document.currentScript?.src ?? ""; // where this script came from, "" inside a notebook
   const CONFIG = { displayModeBar: false, responsive: true, displaylogo: false };
 
   const make = (tag, attributes = {}, ...children) => {
@@ -59,7 +60,7 @@ const cola = (() => {
     layout = merge(layout, plain);
     for (const name of Object.keys(layout).filter((key) => /^[xy]axis\d*$/.test(key)))
       layout[name] = merge({ gridcolor: colours.grid, zerolinecolor: colours.grid, linecolor: colours.grid, automargin: true }, layout[name]);
-    return { data: swapped(data, colours), layout: swapped(layout, colours) };
+    return { data: swapped(data, colours.swap), layout: swapped(layout, colours.swap) };
   };
 
   const decimals = (step) => Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
@@ -83,7 +84,7 @@ const cola = (() => {
   // sources() gives a promise of the texts that a page of its own needs, null where they cannot be had.
   const mount = (host, spec, talk) => {
     const id = `cola-${++count}-${Math.random().toString(36).slice(2, 8)}`, values = {}, inputs = {}, undo = [];
-    let picture = spec.picture ?? null, step = 0, number = 0, waiting = false, wanted = false, playing = null, drawing = false, again = false, Plotly = null, patience = null;
+    let picture = spec.picture ?? null, step = 0, waiting = false, wanted = false, playing = null, drawing = false, again = false, Plotly = null, patience = null;
 
     const title = make("p", { class: "cola-title", id: `${id}-title` }, spec.title);
     const form = make("div", { class: "cola-controls", role: "group", "aria-label": "Controls" });
@@ -103,7 +104,7 @@ const cola = (() => {
       if (waiting) { wanted = wanted || { pressed: null }; wanted.pressed = wanted.pressed ?? pressed; return; } // asked when the answer is here: the last value wins, nothing queues
       waiting = true;
       figure.setAttribute("aria-busy", "true");
-      talk.ask({ view: id, number: ++number, values, pressed });
+      talk.ask({ view: id, values, pressed });
       clearTimeout(patience);
       patience = setTimeout(() => say("Python has not answered for 20 seconds. Is the kernel busy with another cell? If it was stopped, run this cell again."), PATIENCE);
     };
@@ -317,12 +318,12 @@ const cola = (() => {
       setTimeout(() => URL.revokeObjectURL(link.href), 10000);
     };
     for (const format of ["png", "svg"]) {
-      const button = make("button", { type: "button", "aria-label": `Save the picture as ${format.toUpperCase()}` }, `Save ${format.toUpperCase()}`);
+      const button = make("button", { type: "button" }, `Save ${format.toUpperCase()}`);
       button.addEventListener("click", () => Plotly?.downloadImage(plot, { format, filename: name, width: plot.clientWidth, height: plot.clientHeight, scale: format === "png" ? 2 : 1 }));
       tools.append(button);
     }
     if (talk.sources) {
-      const button = make("button", { type: "button", "aria-label": "Save the picture as an HTML page" }, "Save HTML");
+      const button = make("button", { type: "button" }, "Save HTML");
       button.addEventListener("click", async () => {
         const { plotly, script, style } = await talk.sources();
         const still = { title: spec.title, caption: spec.caption, controls: [], picture: { ...picture, controls: [] } };
@@ -339,16 +340,81 @@ const cola = (() => {
     steps();
     draw();
     const close = () => { stop(); clearTimeout(patience); undo.forEach((act) => act()); if (Plotly) Plotly.purge(plot); };
-    return { ask, answer, say, close, figure };
+    // Nobody answers any more: say so, and leave what the browser can do alone.
+    const end = (message) => {
+      say(message);
+      clearTimeout(patience);
+      talk = { ...talk, ask: null };
+      figure.removeAttribute("aria-busy");
+      form.querySelectorAll("input, select, button").forEach((one) => { one.disabled = true; });
+    };
+    return { ask, answer, end, close };
+  };
+
+  // Several views around one text: the text and a list of views above, the chosen view below. Views come from Python as they are opened.
+  const mountApp = (host, spec, talk) => {
+    const id = `cola-app-${++count}`, held = {};
+    let view = null, open = null, opening = false, wanted = false;
+    const text = make("input", { type: "text", id: `${id}-text`, name: "text" }), seed = make("input", { type: "number", id: `${id}-seed`, min: 0, max: 4294967295, step: 1 });
+    text.value = spec.text; seed.value = spec.seed;
+    const read = make("button", { type: "submit" }, "Read it");
+    const looks = make("select", { id: `${id}-look` }, ...spec.looks.map(([name, label]) => make("option", { value: name }, label)));
+    const status = make("p", { class: "cola-status", role: "status" }), panel = make("div", { class: "cola-panel" });
+    const field = (label, input, wide) => make("label", { class: wide ? "cola-wide" : null, for: input.id }, make("span", {}, label), input);
+    const form = make("form", { class: "cola-controls", "aria-label": "The text" }, field(spec.text_label, text, true), field("seed of the noise", seed), read, field("view", looks));
+    const frame = make("section", { class: "cola-view cola-app", "aria-labelledby": `${id}-title` }, make("p", { class: "cola-title", id: `${id}-title` }, spec.title), make("p", { class: "cola-caption" }, spec.caption), form, status, panel);
+    host.replaceChildren(frame);
+    const shade = () => { frame.dataset.colaTheme = isDark() ? "dark" : "light"; };
+    shade();
+    held.undo = whenThemeChanges(shade);
+    const ask = () => {
+      if (opening) { wanted = true; return; } // as in a view: one wish at a time, the last one counts
+      if (!seed.checkValidity()) { status.textContent = `seed: ${seed.validationMessage}`; return; }
+      opening = true;
+      frame.setAttribute("aria-busy", "true");
+      talk.ask({ view: id, open: looks.value, text: text.value, seed: Number(seed.value) });
+    };
+    const answer = (message) => {
+      if (message.view !== id) { view?.answer(message); return; }
+      opening = false;
+      frame.removeAttribute("aria-busy");
+      status.textContent = message.error ?? "";
+      if (message.spec) {
+        view?.close();
+        open = message.open;
+        view = mount(panel, message.spec, { ...talk, ask: (wish) => talk.ask({ ...wish, look: open }) });
+        view.ask();
+      }
+      if (wanted) { wanted = false; ask(); }
+    };
+    form.addEventListener("submit", (event) => { event.preventDefault(); ask(); });
+    looks.addEventListener("change", ask);
+    const end = (message) => { status.textContent = message; frame.removeAttribute("aria-busy"); form.querySelectorAll("input, select, button").forEach((one) => { one.disabled = true; }); view?.end(""); };
+    return { ask, answer, end, close: () => { held.undo(); view?.close(); } };
+  };
+  const begin = (host, spec, talk) => (spec.looks ? mountApp : mount)(host, spec, talk);
+
+  // Before a small server of our own: it answers, and holds the library.
+  const serve = (host, spec) => {
+    const read = async (address) => (await fetch(address)).text();
+    const ask = async (message) => {
+      try {
+        const response = await fetch("ask", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(message) });
+        view.answer(await response.json());
+      } catch (error) { view.end(`The program behind this page does not answer any more (${error.message}). Start it again and load the page anew.`); }
+    };
+    const sources = async () => ({ plotly: await read("plotly.min.js"), script: (await read("view.js")), style: await read("view.css") });
+    const view = begin(host, spec, { plotly: async () => window.Plotly, ask, sources });
+    view.ask();
   };
 
   // On a page: every still becomes a view. The library is on the page already.
   const awaken = (root) => {
-    const own = document.currentScript?.src ?? "", library = [...document.scripts].find((one) => /plotly[^/]*\.js$/.test(one.src))?.src;
+    const library = [...document.scripts].find((one) => /plotly[^/]*\.js$/.test(one.src))?.src;
     const style = [...document.styleSheets].find((one) => /view\.css/.test(one.href ?? ""))?.href;
     const read = async (address) => (await fetch(address)).text();
-    const sources = location.protocol.startsWith("http") && own && library && style
-      ? async () => ({ plotly: await read(library), script: (await read(own)).replace(/\ncola\.awaken\(document\);\s*$/, ""), style: await read(style) }) : null;
+    const sources = location.protocol.startsWith("http") && OWN && library && style
+      ? async () => ({ plotly: await read(library), script: await read(OWN), style: await read(style) }) : null;
     for (const still of root.querySelectorAll(".cola-still")) {
       const spec = JSON.parse(still.querySelector("script").textContent);
       mount(still, spec, { plotly: async () => window.Plotly, ask: null, sources });
@@ -379,17 +445,12 @@ const cola = (() => {
   const render = ({ model, el }) => {
     const talk = {
       plotly: async () => (await library(model)).Plotly,
-      ask: (message) => model.send({ kind: "ask", ...message }),
+      ask: (message) => model.send(message),
       sources: async () => ({ plotly: (await library(model)).code, script: model.get("_esm").replace(/\nexport default .*\s*$/, ""), style: model.get("_css") }),
     };
-    const view = mount(el, JSON.parse(model.get("spec")), talk);
-    const hear = (message) => { if (message.kind === "answer") view.answer({ ...message, picture: message.picture ? JSON.parse(message.picture) : null }); };
-    const lost = () => {
-      if (model.comm_live === false || model.get("closed")) {
-        view.say("The kernel behind this picture has stopped, so it no longer answers. Run this cell again, after those above it.");
-        view.figure.querySelectorAll(".cola-controls:first-of-type input, .cola-controls:first-of-type select, .cola-controls:first-of-type button").forEach((one) => { one.disabled = true; });
-      }
-    };
+    const view = begin(el, JSON.parse(model.get("spec")), talk);
+    const hear = (message) => { if (message.kind === "answer") view.answer(JSON.parse(message.answer)); };
+    const lost = () => view.end("The kernel behind this picture has stopped, so it no longer answers. Run this cell again, after those above it.");
     model.on("msg:custom", hear);
     model.on("comm_live_update", lost);
     // The picture for readers without a kernel stands before the view in the same output; two of the same would puzzle.
@@ -402,5 +463,5 @@ const cola = (() => {
     view.ask();
     return () => { clearTimeout(late); model.off("msg:custom", hear); model.off("comm_live_update", lost); view.close(); };
   };
-  return { mount, awaken, render };
+  return { awaken, render, serve };
 })();
