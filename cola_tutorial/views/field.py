@@ -6,7 +6,7 @@
 __all__ = ['Clouds', 'drawn_velocity', 'flow_errors', 'be_the_field', 'answers_plane', 'WeighedTexts', 'weighed_texts',
            'guidance_dissector', 'SolverWalk', 'SolverBench', 'solver_bench', 'straightness', 'step_bench']
 
-# %% ../../nbs/14d_field.ipynb #1bf8eb71
+# %% ../../nbs/14d_field.ipynb #6317257d
 import html
 import math
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from ..model import ColaDLM
 from ..screen import Control, Picture, Pointer, View, add_frames, panels
 from ..viz import INK, OKABE_ITO, QUIET, ViewError, token_name
 
-# %% ../../nbs/14d_field.ipynb #458ecd9d
+# %% ../../nbs/14d_field.ipynb #6fb4e327
 @dataclass(frozen=True)
 class Clouds:
     "Round clouds of data in the plane, whose best velocity is known in closed form."
@@ -59,20 +59,17 @@ class Clouds:
         weight = log_density.reshape(-1, times).softmax(-1)[..., None]  # (M, times, 1)
         return (weight * v.reshape(-1, times, 2)).sum(1)
 
-# %% ../../nbs/14d_field.ipynb #97f05ba0
+# %% ../../nbs/14d_field.ipynb #c291f601
 def drawn_velocity(
     arrows: Tensor,  # x, y, dx, dy of each, (A, 4); the direction in which particles move as t falls
     z: Tensor,  # places, (M, 2)
-    reach: float = 0.5,  # standard deviation of the Gaussian that weights by distance
+    reach: float = 0.45,  # standard deviation of the Gaussian that weights by distance
 ) -> Tensor:  # dz/dt, (M, 2)
-    "Minus the mean of the arrows, each weighted by how near it passes; far from all of them nothing moves."
-    start, way = arrows[:, :2], arrows[:, 2:]
-    along = ((z[:, None] - start) * way).sum(-1) / way.square().sum(-1).clamp(min=1e-9)  # (M, A)
-    nearest = start + along.clamp(0, 1)[..., None] * way  # (M, A, 2)
-    weight = torch.exp(-(z[:, None] - nearest).square().sum(-1) / (2 * reach**2))  # (M, A)
-    return -(weight @ way) / (weight.sum(-1, keepdim=True) + 0.05)
+    "Minus the mean of the arrows, each weighted by how near it begins; far from all of them nothing moves."
+    weight = torch.exp(-torch.cdist(z, arrows[:, :2]).square() / (2 * reach**2))  # (M, A)
+    return -(weight @ arrows[:, 2:]) / (weight.sum(-1, keepdim=True) + 0.05)
 
-# %% ../../nbs/14d_field.ipynb #4cab059f
+# %% ../../nbs/14d_field.ipynb #a85e7c60
 def flow_errors(
     clouds: Clouds,  # the data
     fields: dict[str, Callable[[Tensor, Tensor], Tensor]],  # name -> dz/dt at places (M, 2) and times (M,)
@@ -87,15 +84,15 @@ def flow_errors(
     z_t = (1 - t[:, None]) * z_0 + t[:, None] * z_1
     return {name: (field(z_t, t) - (z_1 - z_0)).square().mean().item() for name, field in fields.items()}
 
-# %% ../../nbs/14d_field.ipynb #fe76faf8
+# %% ../../nbs/14d_field.ipynb #28e3ad63
 _SPANS = {"all": (1.0, 0.0), "early": (1.0, 0.5), "late": (0.5, 0.0)}  # when the drawing acts; at other times the optimum does
-_FIRST = ((0.0, 0.0, -1.9, -0.4), (0.0, 0.0, 1.6, 1.6), (0.0, 0.0, 1.3, -1.7))  # straight to the clouds: a first idea
+_FIRST = tuple((0.4 * x, 0.4 * y, 0.6 * x, 0.6 * y) for x, y in Clouds().centres)  # straight to the clouds: a first idea
 
 
 def _arrow_lines(places: np.ndarray, ways: np.ndarray, head: float) -> dict:
     "Arrows (A, 2) from places as one line trace with heads of `head` pixels."
     x, y = (np.stack([places[:, i], places[:, i] + ways[:, i], np.full(len(places), np.nan)], 1).reshape(-1) for i in (0, 1))
-    return {"x": x, "y": y, "marker": {"symbol": "arrow", "angleref": "previous", "size": [0, head, 0] * len(places)}}
+    return {"x": x, "y": y, "marker": {"symbol": "arrow", "angleref": "previous", "opacity": 1, "line": {"width": 0}, "size": [0, head, 0] * len(places)}}
 
 
 def _fields(clouds: Clouds, arrows: Tensor, span: tuple[float, float]) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
@@ -113,7 +110,7 @@ def _arrivals(clouds: Clouds, z: Tensor) -> list[int]:  # at each centre
     distance = torch.cdist(z, torch.tensor(clouds.centres))  # (M, K)
     return (distance <= 3 * clouds.spread).sum(0).tolist()
 
-# %% ../../nbs/14d_field.ipynb #d5a951d6
+# %% ../../nbs/14d_field.ipynb #637ad598
 def _follow_field(clouds: Clouds, field: Callable, span: tuple[float, float], count: int, steps: int) -> Tensor:  # (steps + 1, count, 2)
     "Particles from noise to meaning along `field` while t is in `span`, and along the optimum while it is not."
     high, low = span
@@ -132,7 +129,7 @@ def _field_figure(clouds: Clouds, arrows: np.ndarray, errors: dict[str, float], 
     figure.add_scatter(x=rings[:, 0], y=rings[:, 1], mode="lines", line={"color": OKABE_ITO[2], "width": 2, "dash": "dot"}, name="arrived", row=1, col=1)
     mine = _arrow_lines(arrows[:, :2], arrows[:, 2:], 14)
     figure.add_scatter(mode="lines+markers", line={"color": OKABE_ITO[3], "width": 3}, name="my arrows", **mine, row=1, col=1)
-    figure.add_scatter(mode="lines+markers", line={"color": QUIET, "width": 1}, name="the field", row=1, col=1)
+    figure.add_scatter(mode="lines+markers", line={"color": "#8C8C8C", "width": 1}, name="the field", row=1, col=1)
     dot = {"size": 5, "color": OKABE_ITO[0], "line": {"width": 0}}
     figure.add_scatter(mode="markers", marker=dot, name="particles", row=1, col=1)
     figure.update_traces(hoverinfo="skip")
@@ -147,7 +144,7 @@ def _field_figure(clouds: Clouds, arrows: np.ndarray, errors: dict[str, float], 
     figure.update_xaxes(title_text="squared error per dimension", range=[0, most], nticks=4, row=1, col=2)
     return figure.update_yaxes(autorange="reversed", row=1, col=2)
 
-# %% ../../nbs/14d_field.ipynb #69897e98
+# %% ../../nbs/14d_field.ipynb #cc31365f
 def _field_picture(clouds: Clouds, arrows: Tensor, part: str, follow: str, count: int, steps: int) -> Picture:
     "One state of the game; `follow` is a key of `_fields`."
     span, where = _SPANS[part], torch.linspace(-2.7, 2.7, 10)
@@ -159,7 +156,7 @@ def _field_picture(clouds: Clouds, arrows: Tensor, part: str, follow: str, count
     for z, t in zip(way, times):
         acts = span[1] <= t <= span[0]
         velocity = fields[follow if acts else "optimum"](places, times.new_full((len(places),), max(float(t), 1e-3)))
-        moving.append([_arrow_lines(places.numpy(), -0.16 * velocity.numpy(), 6), {"x": z[:, 0].numpy(), "y": z[:, 1].numpy()}])
+        moving.append([_arrow_lines(places.numpy(), -0.16 * velocity.numpy(), 7), {"x": z[:, 0].numpy(), "y": z[:, 1].numpy()}])
     for number, news in zip((2, 3), moving[0]): figure.data[number].update(news)
     if follow == "optimum" or part != "all": add_frames(figure, moving, (2, 3), [f"{t:.2f}" for t in times])
     else: add_frames(figure, [[one] for _, one in moving], (3,), [f"{t:.2f}" for t in times])  # a field that stands still is sent once
@@ -171,7 +168,7 @@ def _field_picture(clouds: Clouds, arrows: Tensor, part: str, follow: str, count
     levels = ", ".join(f"{name} {error:.2f}" for name, error in errors.items())
     return Picture(figure, f"<p>{said}</p>", "flow time t (1 noise, 0 meaning)", alt=f"{len(arrows)} arrows. {said} Squared errors: {levels}.")
 
-# %% ../../nbs/14d_field.ipynb #e5b1b497
+# %% ../../nbs/14d_field.ipynb #9d2bea22
 def be_the_field(
     arrows: Sequence[Sequence[float]] = _FIRST,  # x, y, dx, dy of each, to begin with
     clouds: Clouds | None = None,  # the data; None: three clouds
@@ -199,12 +196,12 @@ def be_the_field(
         Control("undo", "Undo last arrow", "button"),
         Control("clear", "Clear", "button"),
     ]
-    caption = "Draw arrows from where a particle is to where it should arrive, then play. How near to “best still” can you come, early and late?"
-    caption += " Before and after the part that counts, the optimum moves the particles."
+    caption = "Draw where a particle should go from where you press, then play. How near to “best still” can you come?"
+    caption += " Do arrows that help late help early? Outside the part that counts, the optimum moves the particles."
     pointer = Pointer("stroke", ("strokes",), "Press, drag and let go to draw an arrow along which particles move.")
     return View("Be the field", caption, controls, draw, pointer)
 
-# %% ../../nbs/14d_field.ipynb #19555e0d
+# %% ../../nbs/14d_field.ipynb #e47fc30f
 def answers_plane(
     conditional: Tensor,  # velocity with history, (..., D)
     unconditional: Tensor,  # velocity without, (..., D)
@@ -217,7 +214,7 @@ def answers_plane(
     scale = conditional.shape[-1] ** 0.5
     return torch.cat([size, torch.zeros_like(size)], -1) / scale, torch.cat([along, across], -1) / scale
 
-# %% ../../nbs/14d_field.ipynb #64051229
+# %% ../../nbs/14d_field.ipynb #548fe1fb
 class _WeighedWriter(Writer):
     "A writer with a guidance weight for each row."
 
@@ -249,7 +246,7 @@ class WeighedTexts:
     given: int  # latents at the start of the first block that the prompt gave: they do not move
     history: bool  # whether the first block has one
 
-# %% ../../nbs/14d_field.ipynb #7c9935fd
+# %% ../../nbs/14d_field.ipynb #716d4189
 @torch.no_grad()
 def weighed_texts(
     model: ColaDLM,  # in evaluation mode
@@ -280,7 +277,7 @@ def weighed_texts(
     history = prompts.whole[0] > 0
     return WeighedTexts(tuple(weights), torch.tensor(times[:-1]), conditional, unconditional, torch.stack(tokens, 1), ids, prompts.rest[0], history)
 
-# %% ../../nbs/14d_field.ipynb #051384c7
+# %% ../../nbs/14d_field.ipynb #47f91556
 def _marked(words: Sequence[str], others: Sequence[str]) -> str:
     "Words as HTML, those marked that differ from `others`."
     parts = []
@@ -308,14 +305,14 @@ def _weight_table(model: ColaDLM, found: WeighedTexts, row: int) -> str:
     texts = [_read(model, tokens, skip).split() for tokens in found.tokens.flatten(1).tolist()]
     plain = texts[min(range(len(found.weights)), key=lambda i: abs(found.weights[i] - 1))]
     names = [f"→ {w:g}" if i == row else f"{w:g}" for i, w in enumerate(found.weights)]
-    lines = "".join(f"<tr><th scope='row'>{name}</th><td>{_marked(text, plain)}</td></tr>" for name, text in zip(names, texts))
+    lines = "".join(f"<tr><th scope='row' style='white-space:nowrap'>{name}</th><td>{_marked(text, plain)}</td></tr>" for name, text in zip(names, texts))
     past = html.escape(model.tokenizer.decode(found.prompt)) or "(nothing)"
     head = "<tr><th scope='col'>w</th><th scope='col'>goes on (marked: other than under 1)</th></tr>"
     return f"<p class='cola-past'>{past} …</p><table>{head}{lines}</table>"
 
-# %% ../../nbs/14d_field.ipynb #6892338d
+# %% ../../nbs/14d_field.ipynb #e11faaa1
 def _plane_traces(c: Tensor, u: Tensor, w: float, widest: float, t: float) -> list[dict]:
-    "What one step shows: the line that guidance walks along, three arrows, and the time in both other panels; `c` and `u` (2,)."
+    "What one step shows: the line that guidance walks along, three arrows, and the time in both other panels; `c` and `u` (2,), `c` of length 1."
     v, ends = guide(u, c, w), torch.stack([u, guide(u, c, widest)])
     arrow = lambda tip: {"x": [0.0, tip[0].item()], "y": [0.0, tip[1].item()]}
     return [{"x": ends[:, 0].tolist(), "y": ends[:, 1].tolist()}, arrow(u), arrow(c), arrow(v), {"x": [t, t]}, {"x": [t, t]}]
@@ -338,18 +335,18 @@ def _dissection(c: Tensor, u: Tensor, times: Tensor, w: float, widest: float, wo
         figure.add_scatter(x=t, y=part.norm(dim=-1).numpy(), mode="lines", line={"color": colour, "dash": dash}, name=name, showlegend=False, row=1, col=2)
     between = {"line": {"color": OKABE_ITO[4], "width": 3}, "name": "between the two answers"}
     figure.add_scatter(x=t, y=degrees.numpy(), mode="lines", **between, showlegend=False, row=1, col=3)
-    shown = torch.cat([c, u, v, torch.zeros(1, 2)])
+    shown = torch.cat([part / c.norm(dim=-1, keepdim=True).clamp(min=1e-9) for part in (c, u, v, 0 * c)])
     low, high = shown.amin(0), shown.amax(0)
-    margin = 0.08 * (high - low).max()
-    reach = [[(low[i] - margin).item(), (high[i] + margin).item()] for i in (0, 1)]
-    figure.update_xaxes(title_text="along “with history” (rms)", range=reach[0], nticks=5, row=1, col=1)
-    figure.update_yaxes(title_text="across it (rms)", range=reach[1], scaleanchor="x", nticks=6, row=1, col=1)
+    middle, half = (low + high) / 2, 0.58 * (high - low).max()
+    reach = [[(middle[i] - half).item(), (middle[i] + half).item()] for i in (0, 1)]
+    figure.update_xaxes(title_text="along “with history” (its length = 1)", range=reach[0], constrain="domain", nticks=5, row=1, col=1)
+    figure.update_yaxes(title_text="across it", range=reach[1], scaleanchor="x", constrain="domain", nticks=5, row=1, col=1)
     for column, high, title in ((2, heights[0], "size of velocity (rms)"), (3, 180, "angle (degrees)")):
         figure.update_xaxes(title_text="flow time t", range=[1.02, -0.02], tickvals=[1, 0.5, 0], row=1, col=column)
         figure.update_yaxes(title_text=title, range=[0, high], nticks=5, row=1, col=column)
     return figure.update_yaxes(tickvals=[0, 45, 90, 135, 180], row=1, col=3)
 
-# %% ../../nbs/14d_field.ipynb #5f6ccbef
+# %% ../../nbs/14d_field.ipynb #d1df93f5
 def _dissected(model: ColaDLM, found: WeighedTexts, weight: float, block: int, latent: int) -> Picture:
     "Picture of one block of one of the texts; `latent` counts from 1, 0 is the whole block."
     row, number = found.weights.index(weight), min(block, len(found.conditional)) - 1
@@ -360,7 +357,8 @@ def _dissected(model: ColaDLM, found: WeighedTexts, weight: float, block: int, l
     c, u = answers_plane(c, u)
     words = _block_name(model, found.tokens[row, number])
     figure = _dissection(c, u, found.times, weight, max(found.weights), words)
-    steps = [_plane_traces(c[i], u[i], weight, max(found.weights), t) for i, t in enumerate(found.times.tolist())]
+    unit = 1 / c.norm(dim=-1, keepdim=True).clamp(min=1e-9)
+    steps = [_plane_traces(*pair, weight, max(found.weights), t) for *pair, t in zip(c * unit, u * unit, found.times.tolist())]
     for trace, news in enumerate(steps[0]): figure.data[trace].update(news)
     add_frames(figure, steps, range(6), [f"{t:.2f}" for t in found.times])
     alone = number == 0 and not found.history
@@ -372,7 +370,7 @@ def _dissected(model: ColaDLM, found: WeighedTexts, weight: float, block: int, l
     told = f"<p>Block {number + 1} of {len(found.conditional)} under w = {weight:g} reads <mark>{words}</mark>. {said}</p>"
     return Picture(figure, told + _weight_table(model, found, row), "flow time t (1 noise, 0 meaning)", widest, f"Block {number + 1} reads {words}. {said}")
 
-# %% ../../nbs/14d_field.ipynb #3b1aef1d
+# %% ../../nbs/14d_field.ipynb #f8315200
 def guidance_dissector(
     model: ColaDLM,  # with tokenizer, in evaluation mode
     prompt: str = "Tom lived near the mill with his sister.",  # to begin with; empty: a text from nothing
@@ -401,7 +399,7 @@ def guidance_dissector(
     caption = "Play from noise to meaning. When do the two answers part, and where does the combined one go that neither pointed to? Then compare the texts."
     return View("Guidance, taken apart", caption, controls, draw)
 
-# %% ../../nbs/14d_field.ipynb #7e51ddef
+# %% ../../nbs/14d_field.ipynb #07b62caf
 @dataclass
 class SolverWalk:
     "All blocks of a text on their way, side by side."
@@ -429,7 +427,7 @@ class SolverBench:
         logits = self.model.vae.decode(z[-1], self.writer.decoder)  # not committed: the writer stands before its block as before
         return SolverWalk(torch.tensor(times), torch.stack(z).cpu(), logits.argmax(-1).cpu())
 
-# %% ../../nbs/14d_field.ipynb #e01f12f5
+# %% ../../nbs/14d_field.ipynb #a75f0cfa
 @torch.no_grad()
 def solver_bench(
     model: ColaDLM,  # in evaluation mode
@@ -437,8 +435,8 @@ def solver_bench(
     seed: int,  # of the text and of the noise
     blocks: int = 8,  # B, at most
 ) -> SolverBench:
-    "Write a text with 16 steps of the model's own settings, and make its blocks ready to be walked anew; raises `PromptError`."
-    config, per_block = replace(model.generation, steps=16, times=(), temperature=0.0, first_block="clean"), model.config.tokens_per_block
+    "Write a text in 8 steps with the model's other settings, and make its blocks ready to be walked anew; raises `PromptError`."
+    config, per_block = replace(model.generation, steps=8, times=(), temperature=0.0, first_block="clean"), model.config.tokens_per_block
     ids = prompt_tokens(model, [prompt] if prompt else 1, config.max_length)[0]
     first = len(ids) // per_block
     blocks = max(1, min(blocks, config.max_length // per_block - first))
@@ -456,7 +454,7 @@ def solver_bench(
     ready = Writer(model, read_prompts(model, prefixes), exact, 1, [seed] * blocks, [z_1])
     return SolverBench(model, ready, moves, len(ids) - first * per_block, ids)
 
-# %% ../../nbs/14d_field.ipynb #63bfb942
+# %% ../../nbs/14d_field.ipynb #ef7bdacf
 def straightness(
     z: Tensor,  # walks, (S + 1, M, D)
 ) -> Tensor:  # of each, from 0 to 1, (M,)
@@ -475,7 +473,7 @@ def _judged(bench: SolverBench, found: SolverWalk, reference: SolverWalk) -> dic
     changed = (found.tokens != reference.tokens).flatten()[bench.given :]
     return {"error": _rms(ways[-1] - exact[-1]).item(), "words": changed.sum().item(), "straight": straightness(ways).mean().item()}
 
-# %% ../../nbs/14d_field.ipynb #eb054a4b
+# %% ../../nbs/14d_field.ipynb #132a2dea
 _COUNTS = (4, 8, 16, 32)  # evaluations of the prior for each block
 _ASKS = {name: len(solver.nodes) for name, solver in SOLVERS.items()}  # evaluations for each step
 _LOOKS = {"euler": (OKABE_ITO[0], "solid", "circle"), "heun": (OKABE_ITO[1], "dash", "square"),
@@ -510,22 +508,24 @@ def _bench_figure(found: _Trials, solver: str, count: int, measure: str):
         about = {"text": steps, "textposition": "top center", "hovertemplate": "%{text} steps: %{y:.3g}", "name": name}
         figure.add_scatter(x=_COUNTS, y=[found.scores[name, n][measure] for n in _COUNTS], **look, **about, row=1, col=1)
     ring = {"symbol": "circle-open", "size": 18, "color": INK, "line": {"width": 2}}
-    figure.add_scatter(x=[count], y=[found.scores[solver, count][measure]], mode="markers", marker=ring, name="on the right", row=1, col=1)
+    figure.add_scatter(x=[count], y=[found.scores[solver, count][measure]], mode="markers", marker=ring, showlegend=False, hoverinfo="skip", row=1, col=1)
     moves, walk_, exact = found.bench.moves, found.walks[solver, count], found.reference
     every = len(exact.times) // (len(walk_.times) - 1)  # the reference was there, too
     ways = exact.z[:, moves]
     straight = ways[0] + (1 - exact.times)[:, None, None] * (ways[-1] - ways[0])
-    bend = {"line": {"color": INK, "dash": "dash"}, "name": "bend of the reference"}
+    bend = {"line": {"color": INK, "dash": "dash"}, "name": "reference: bend"}
     figure.add_scatter(x=exact.times[::4].numpy(), y=_rms(ways - straight)[::4].numpy(), mode="lines", **bend, row=1, col=2)
     colour, dash, symbol = _LOOKS[solver]
-    off = {"marker": {"symbol": symbol}, "line": {"color": colour, "dash": dash}, "name": "distance from it"}
+    off = {"marker": {"symbol": symbol}, "line": {"color": colour, "dash": dash}, "name": "this walk: error"}
     figure.add_scatter(x=walk_.times.numpy(), y=_rms(walk_.z[:, moves] - ways[::every]).numpy(), mode="lines+markers", **off, row=1, col=2)
     figure.update_xaxes(title_text="evaluations of the prior per block", type="log", tickvals=_COUNTS, range=[0.5, 1.6], row=1, col=1)
-    figure.update_yaxes(title_text=_MEASURES[measure], row=1, col=1, **({"type": "log", "dtick": 1} if measure == "error" else {}))
+    values = [score[measure] for score in found.scores.values()]
+    scale = {"type": "log", "dtick": 1, "range": [math.log10(min(values)) - 0.25, math.log10(max(values)) + 0.35]} if measure == "error" else {}
+    figure.update_yaxes(title_text=_MEASURES[measure], row=1, col=1, **scale)
     figure.update_xaxes(title_text="flow time t", range=[1.02, -0.02], tickvals=[1, 0.5, 0], row=1, col=2)
     return figure.update_yaxes(title_text="distance (rms)", rangemode="tozero", nticks=5, row=1, col=2)
 
-# %% ../../nbs/14d_field.ipynb #5da1fae2
+# %% ../../nbs/14d_field.ipynb #dff287bc
 def _bench_picture(found: _Trials, solver: str, count: int, measure: str) -> Picture:
     "One solver with so many evaluations against the reference."
     score, bench, steps = found.scores[solver, count], found.bench, count // _ASKS[solver]
@@ -537,14 +537,14 @@ def _bench_picture(found: _Trials, solver: str, count: int, measure: str) -> Pic
     said = f"{solver} with {steps} {'step' if steps == 1 else 'steps'}, {count} evaluations: error {score['error']:.3f}, "
     said += f"{score['words']:.0f} of {len(words)} words changed, straightness {score['straight']:.3f} (reference {straight:.3f})."
     rows = [("reference", html.escape(" ".join(exact))), (f"{solver}, {steps}", shown)]
-    table = "".join(f"<tr><th scope='row'>{name}</th><td>{text}</td></tr>" for name, text in rows)
+    table = "".join(f"<tr><th scope='row' style='white-space:nowrap'>{name}</th><td>{text}</td></tr>" for name, text in rows)
     return Picture(_bench_figure(found, solver, count, measure), f"<p>{said}</p><p class='cola-past'>{past} …</p><table>{table}</table>", alt=said)
 
 
 def step_bench(
     model: ColaDLM,  # with tokenizer, in evaluation mode
     prompt: str = "Tom lived near the mill with his sister.",  # to begin with; empty: a text from nothing
-    seed: int = 3,  # to begin with
+    seed: int = 4,  # to begin with
     blocks: int = 8,  # of the text
 ) -> View:
     "Solvers and numbers of steps against a fine reference: error, words changed, straightness, evaluations."
@@ -556,8 +556,8 @@ def step_bench(
     controls = [
         Control("prompt", "Prompt", "text", prompt, hint="empty: a story from nothing; Enter writes"),
         Control("seed", "Seed", "number", seed, 0, 9999),
-        Control("solver", "Solver", "choice", "euler", options=[(name, name) for name in SOLVERS]),
-        Control("count", "Evaluations per block", "choice", 8, options=[(str(n), n) for n in _COUNTS]),
+        Control("solver", "Solver", "choice", "heun", options=[(name, name) for name in SOLVERS]),
+        Control("count", "Evaluations per block", "choice", 4, options=[(str(n), n) for n in _COUNTS]),
         Control("measure", "Left panel", "choice", "error", options=[(title, name) for name, title in _MEASURES.items()]),
     ]
     caption = "Numbers at the points are steps. At equal evaluations, whose error is least, and from where on does no word change any more?"
