@@ -1085,6 +1085,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'cola_tutorial.views.field._arrivals': ('field.html#_arrivals', 'cola_tutorial/views/field.py'),
                                            'cola_tutorial.views.field._arrow_lines': ( 'field.html#_arrow_lines',
                                                                                        'cola_tutorial/views/field.py'),
+                                           'cola_tutorial.views.field._arrow_rows': ( 'field.html#_arrow_rows',
+                                                                                      'cola_tutorial/views/field.py'),
                                            'cola_tutorial.views.field._bench_figure': ( 'field.html#_bench_figure',
                                                                                         'cola_tutorial/views/field.py'),
                                            'cola_tutorial.views.field._bench_picture': ( 'field.html#_bench_picture',

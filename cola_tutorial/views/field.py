@@ -95,6 +95,14 @@ def _arrow_lines(places: np.ndarray, ways: np.ndarray, head: float) -> dict:
     return {"x": x, "y": y, "marker": {"symbol": "arrow", "angleref": "previous", "opacity": 1, "line": {"width": 0}, "size": [0, head, 0] * len(places)}}
 
 
+def _arrow_rows(rows: list) -> Tensor:  # (A, 4)
+    "Arrows from outside, checked."
+    number = lambda value: isinstance(value, int | float) and math.isfinite(value)
+    if not all(isinstance(row, list) and len(row) == 4 and all(map(number, row)) for row in rows):
+        raise ViewError("an arrow is x, y, dx, dy: give four numbers for each")
+    return torch.tensor(rows, dtype=torch.float32).reshape(-1, 4)
+
+
 def _fields(clouds: Clouds, arrows: Tensor, span: tuple[float, float]) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     "What is compared: each gives dz/dt at places (M, 2) and times (M,)."
     return {
@@ -181,9 +189,7 @@ def be_the_field(
 
     def draw(strokes, part, follow, undo, clear) -> Picture:
         kept = [] if clear else strokes[:-1] if undo else strokes
-        if any(len(row) != 4 or not all(isinstance(value, int | float) and math.isfinite(value) for value in row) for row in kept):
-            raise ViewError("an arrow is x, y, dx, dy: give four numbers for each")
-        picture = _field_picture(clouds, torch.tensor(kept, dtype=torch.float32).reshape(-1, 4), part, follow, particles, steps)
+        picture = _field_picture(clouds, _arrow_rows(kept), part, follow, particles, steps)
         if len(kept) < len(strokes): picture.controls = [Control("strokes", "arrows", "hidden", kept)]
         return picture
 
