@@ -337,3 +337,77 @@ def test_without_a_kernel_there_is_a_picture(everything: Watched, desk: Desk, br
     assert again.views().count() == 0
     shot(again.page, f"{desk.kind} reopened")
     again.check()
+
+
+# The explorer, as a page of this machine
+
+
+@pytest.fixture(scope="module")
+def explorer(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    "cola-explore, and its page."
+    command = "import sys; sys.argv = ['cola-explore', '--no-browser']; from cola_tutorial.cli import explore; explore()"
+    script = tmp_path_factory.mktemp("explorer") / "explore.py"
+    script.write_text(command)
+    with program(sys.executable, script, until="The explorer is at", cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}) as line:
+        watched = Watched(browser.new_page(viewport={"width": 1100, "height": 1200}))
+        watched.page.goto(re.search(r"http://\S+/", line)[0])
+        yield watched
+
+
+def opened(watched: Watched) -> Locator:
+    "The view that the explorer shows, at rest."
+    watched.page.wait_for_function("!document.querySelector('.cola-app').hasAttribute('aria-busy')", timeout=MINUTE)
+    view = watched.page.locator(".cola-panel .cola-view")
+    view.wait_for(timeout=MINUTE)
+    settled(view)
+    return view
+
+
+def test_the_explorer_shows_every_look_of_a_text(explorer: Watched) -> None:
+    "Each of them, for a text of the reader's own; what cannot be continued is said, and the view stays."
+    page = explorer.page
+    page.get_by_label("your text").fill("Emma had a brother.")
+    page.get_by_label("your text").press("Enter")
+    opened(explorer)
+    looks = page.get_by_label("view", exact=True)
+    for look in looks.locator("option").all():
+        name = look.inner_text()
+        looks.select_option(label=name)
+        view = opened(explorer)
+        assert not view.locator(".cola-status").inner_text() and not page.locator(".cola-app > .cola-status").inner_text()
+        assert not view.get_by_label("prompt", exact=True).count()
+        shot(page, f"explorer {name}")
+    explorer.check()
+    page.get_by_label("your text").fill("Emma had a brother. " * 60)
+    page.get_by_role("button", name="Read it").click()
+    page.wait_for_function("document.querySelector('.cola-app > .cola-status').textContent.includes('tokens')", timeout=MINUTE)
+    assert opened(explorer).locator(".main-svg").count()
+
+
+# The site
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [375, 1280])
+def test_figures_of_the_site_live_without_a_kernel(browser: Browser, site: Path, scheme: str, width: int) -> None:
+    "Opened as files: every still becomes a view, fits the page, follows the theme, goes through its frames with the keyboard, and asks nothing of a network."
+    watched = Watched(browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme))
+    stills = 0
+    for path in sorted(site.rglob("*.html")):
+        if "cola-still" not in path.read_text(encoding="utf-8"): continue
+        watched.page.goto(path.as_uri())
+        for i in range(watched.page.locator(".cola-still").count()):
+            view = watched.views().nth(i)
+            settled(view)
+            stills += 1
+            assert view.get_attribute("data-cola-theme") == scheme
+            assert view.evaluate("view => view.scrollWidth <= view.clientWidth + 1"), path.name
+            slider = view.get_by_role("group", name="Steps").get_by_role("slider")
+            if slider.is_visible():
+                drawn = view.get_attribute("data-cola-drawn")
+                press(slider)
+                watched.page.wait_for_function("([view, old]) => view.dataset.colaDrawn !== old", arg=[view.element_handle(), drawn])
+            shot(view, f"site {path.stem} {i} {width} {scheme}")
+        assert watched.page.evaluate("document.documentElement.scrollWidth <= innerWidth + 1"), path.name
+    assert stills >= 12
+    watched.check()

@@ -2,10 +2,10 @@
 // A classic script, since a module cannot be loaded from a file; the notebook's widget appends its own `export default`.
 const cola = (() => {
   "use strict";
-  // Figures name two colours that depend on the theme; everything else keeps its colour. See INK and QUIET in Python.
+  // Colours that would drown in a dark page are exchanged there: INK, QUIET, black, and the darkest blue of OKABE_ITO. The others keep.
   const THEMES = {
     light: { swap: {}, ink: "#1a1a1a", grid: "#e3e3e3", paper: "#ffffff" },
-    dark: { swap: { "#101010": "#f2f2f2", "#C8C8C8": "#565b61" }, ink: "#ececec", grid: "#3a3e43", paper: "#16181b" },
+    dark: { swap: { "#101010": "#f2f2f2", "#000000": "#f2f2f2", "#C8C8C8": "#565b61", "#0072B2": "#3b9bd9" }, ink: "#ececec", grid: "#3a3e43", paper: "#16181b" },
   };
   const NARROW = 560; // pixels: below, panels stand below one another
   const PATIENCE = 20000; // milliseconds without an answer before we say so
