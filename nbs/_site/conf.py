@@ -24,7 +24,7 @@ nitpick_ignore_regex = [("py:(class|exc)", ".*")]  # types of other projects lea
 nb_execution_mode = "off"
 nb_merge_streams = True
 nb_ipywidgets_js: dict = {}
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_dmath_double_inline = True
 myst_heading_anchors = 4
 myst_heading_slug_func = "site_pages.anchor"
@@ -43,7 +43,12 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_show_search_summary = False  # it would be fetched page by page, which a browser refuses for files opened without a server
-html_theme_options = {"use_download_button": False, "use_fullscreen_button": False, "home_page_in_toc": True, "show_navbar_depth": 1, "show_toc_level": 2}
+html_theme_options = {
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+    "navbar_persistent": [],  # the side bar has the search already
+    "show_toc_level": 2,
+}
 linkcheck_timeout = 30
 linkcheck_retries = 2
 

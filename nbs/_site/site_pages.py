@@ -20,7 +20,7 @@ from itertools import groupby
 from pathlib import Path
 
 import nbformat
-from docutils.nodes import make_id
+from docutils.nodes import SkipNode, make_id
 from fastcore.docments import docments
 from math_core import LatexError, LatexToMathML
 from nbdev import processors
@@ -148,14 +148,14 @@ def picture_words(
 
 
 def linked(
-    text: str,  # markdown of a notebook
+    text: str,  # markdown of a notebook, or of a page in this folder
 ) -> str:  # the same, for the site
     "Names in backticks lead to the reference, and files of the project to a copy that the site carries."
     lines, fenced = [], False
     for line in text.split("\n"):
         fenced ^= line.lstrip().startswith("```")
-        if not (fenced or line.startswith(("#", "    ", "```"))):
-            line = re.sub(r"(?<![`\[])`(\w+)`(?![`\]])", lambda name: f"{{py:obj}}`{name[1]} <{where}>`" if (where := places().get(name[1])) else name[0], line)
+        if not (fenced or line.startswith(("#", "    ", "```"))):  # neither code nor a heading
+            line = re.sub(r"(?<![`\[}])`([\w.]+)`(?![`\]])", lambda name: f"{{py:obj}}`{name[1]} <{places()[name[1]]}>`" if name[1] in places() else name[0], line)
             line = re.sub(r"\]\(\.\./([^)#\s]+)\)", r"](\1)", line)
         lines.append(line)
     return "\n".join(lines)
@@ -204,10 +204,15 @@ def dotted(room: str, name: str = "") -> str:
 
 @cache
 def places() -> dict[str, str]:
-    "Public name -> where it stands, dotted and whole; of two the one on the lower floor."
+    "Public name, or method of a public class -> where it stands, dotted and whole; of two names the one of the earlier lesson."
     found: dict[str, str] = {}
     for room, tree in rooms().items():
-        for name in public(tree): found.setdefault(name, dotted(room, name))
+        offered = public(tree)
+        for name in offered: found.setdefault(name, dotted(room, name))
+        for owner in tree.body:
+            if not isinstance(owner, ast.ClassDef) or owner.name not in offered: continue
+            names = [f"{owner.name}.{one.name}" for one in owner.body if isinstance(one, ast.FunctionDef) and one.name[0] != "_"]
+            found |= {name: dotted(room, name) for name in names}
     return found
 
 
@@ -361,13 +366,15 @@ def mathml(latex: str, display: bool) -> str:
 
 
 def inline_math(writer, node) -> None:
-    "Write a formula that stands in a line."
-    writer.body.append(f'<span class="math">{mathml(node.astext(), False)}</span>')
+    "Write a formula that stands in a line, and go on behind it."
+    writer.body.append(mathml(node.astext(), False))
+    raise SkipNode
 
 
 def display_math(writer, node) -> None:
-    "Write a formula that stands alone."
-    writer.body.append(f'<div class="math">{mathml(node.astext(), True)}</div>')
+    "Write a formula that stands alone, and go on behind it."
+    writer.body.append(f'<div class="formula">{mathml(node.astext(), True)}</div>')
+    raise SkipNode
 
 
 # The whole
@@ -399,7 +406,8 @@ def stage(
     (folder / "reference" / "index.rst").write_text(reference_index(), encoding="utf-8")
     for room, tree in rooms().items():
         if room != "__init__": (folder / "reference" / f"{room}.rst").write_text(reference_page(room, tree), encoding="utf-8")
-    for path in [*SITE.glob("*.md"), ROOT / "CHANGELOG.md", ROOT / "CITATION.cff", ROOT / "LICENSE"]: shutil.copy(path, folder)
+    for name in ("CHANGELOG.md", "CITATION.cff", "LICENSE"): shutil.copy(ROOT / name, folder)
+    for path in SITE.glob("*.md"): (folder / path.name).write_text(linked(path.read_text(encoding="utf-8")), encoding="utf-8")
     made = folder / "_made"
     made.mkdir()
     with as_file(files("ziamath") / "fonts" / "STIXTwoMath-Regular.ttf") as font: shutil.copy(font, made / "math.ttf")
