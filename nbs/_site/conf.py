@@ -17,6 +17,7 @@ copyright = f"{author}, Apache License 2.0"
 version = release = cola_tutorial.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc"]
 exclude_patterns = ["_made", "CHANGELOG.md"]
+smartquotes = False  # text as it was written: `--older` is two hyphens
 nitpicky = True
 nitpick_ignore_regex = [("py:(class|exc)", ".*")]  # types of other projects lead nowhere: their pages are not on this machine
 

@@ -35,6 +35,7 @@ sys.path.insert(0, str(ROOT))  # the package beside these sources is described, 
 PLOTLY = "application/vnd.plotly.v1+json"
 # A group of lessons takes all from its number up to the next group's.
 GROUPS = {0: "Beginnings", 2: "Text", 4: "Model", 9: "Generation", 10: "Training", 11: "Evaluation", 14: "Tools", 17: "Measuring"}
+MOST_SHOWN = 12  # parameters in a signature
 PAGES = {"glossary": "Glossary", "symbols": "Symbols", "citation": "Citation", "changelog": "Changes"}
 
 
@@ -133,13 +134,14 @@ def picture_words(
     code: str,  # the cell that draws
     heading: str,  # of the section it stands in
 ) -> str:  # one line
-    "What a picture shows: the titles and axes that its code names, and the section."
+    "What a picture shows: the section, what the plotting functions of the package say of themselves, and titles and axes that the code names."
     try: tree = ast.parse(code)
     except SyntaxError: tree = ast.parse("")
     said: dict[str, list[str]] = {"title": [], "xlabel": [], "ylabel": []}
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call): continue
         name = getattr(node.func, "attr", getattr(node.func, "id", "")).removeprefix("set_")
+        if name.startswith("plot_") and name in says(): said["title"].append(says()[name].rstrip("."))
         pairs = [(word.arg, word.value) for word in node.keywords] + [(name.replace("suptitle", "title"), one) for one in node.args[:1]]
         for kind, value in pairs:
             if kind in said and isinstance(value, ast.Constant) and isinstance(value.value, str): said[kind].append(value.value)
@@ -155,7 +157,8 @@ def linked(
     for line in text.split("\n"):
         fenced ^= line.lstrip().startswith("```")
         if not (fenced or line.startswith(("#", "    ", "```"))):  # neither code nor a heading
-            line = re.sub(r"(?<![`\[}])`([\w.]+)`(?![`\]])", lambda name: f"{{py:obj}}`{name[1]} <{places()[name[1]]}>`" if name[1] in places() else name[0], line)
+            role = lambda name: f"{{py:obj}}`{name[1]} <{places()[name[1]]}>`" if name[1] in places() else name[0]
+            line = re.sub(r"(?<![`\[}])`([\w.]+)`(?![`\]])", role, line)
             line = re.sub(r"\]\(\.\./([^)#\s]+)\)", r"](\1)", line)
         lines.append(line)
     return "\n".join(lines)
@@ -231,6 +234,13 @@ def taught() -> dict[str, tuple[str, str]]:
     return found
 
 
+@cache
+def says() -> dict[str, str]:
+    "Public function -> the first line of its docstring."
+    nodes = [node for tree in rooms().values() for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return {node.name: (ast.get_docstring(node) or "").partition("\n")[0] for node in nodes if node.name in places()}
+
+
 def reference_page(room: str, tree: ast.Module) -> str:
     "One module: what it says of itself, its lessons, and every public name."
     lines = [f"{room}\n{'=' * len(room)}", f".. automodule:: {dotted(room)}"]
@@ -241,7 +251,8 @@ def reference_page(room: str, tree: ast.Module) -> str:
         value = getattr(module, name)
         if inspect.isclass(value):
             shown = f"\n   :members: {', '.join(members(value))}" if members(value) else ""
-            lines.append(f".. autoclass:: {dotted(room, name)}\n   :show-inheritance:{shown}")
+            shown += "\n   :show-inheritance:" if value.__bases__ != (object,) else ""
+            lines.append(f".. autoclass:: {dotted(room, name)}{shown}")
         elif inspect.isfunction(value) or hasattr(value, "__wrapped__"): lines.append(f".. autofunction:: {dotted(room, name)}")
         else: lines.append(constant(room, name))
     return "\n\n".join(lines) + "\n"
@@ -323,7 +334,7 @@ def default_text(value: object) -> str:
 
 
 def signature(app, what: str, name: str, value: object, options, given, returned) -> tuple[str, None] | None:
-    "Names and defaults only: types and meanings follow in the list below it."
+    "Names and defaults only, and few of them: the list below has all, with types and meanings."
     if given is None or what not in ("function", "method", "class"): return None
     parts, stars = [], {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     keyword_only = False
@@ -334,7 +345,7 @@ def signature(app, what: str, name: str, value: object, options, given, returned
         keyword_only |= kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_POSITIONAL)
         default = default_text(one["default"])
         parts.append(stars.get(kind, "") + parameter + (f"={default}" if default else ""))
-    return f"({', '.join(parts)})", None
+    return f"({', '.join(parts) if len(parts) <= MOST_SHOWN else '...'})", None
 
 
 def describe(app, what: str, name: str, value: object, options, lines: list[str]) -> None:
@@ -350,7 +361,8 @@ def describe(app, what: str, name: str, value: object, options, lines: list[str]
             if comment: lines.append(f":returns: {comment}")
             if kind and (kind != "None" or comment): lines.append(f":rtype: {kind}")
             continue
-        lines.append(f":param {parameter}: {comment}")
+        default = f" (default ``{default_text(one['default'])}``)" if default_text(one["default"]) else ""
+        lines.append(f":param {parameter}: {comment}{default}")
         if kind: lines.append(f":type {parameter}: {kind}")
     if lesson := lesson_of(name): lines += ["", lesson]
     lines.append("")
@@ -428,7 +440,7 @@ def build(
         how = ["-q", "-W", "--keep-going", "-c", str(SITE), "-b", builder, "-d", f"{work}/trees", "-D", static]
         if status := sphinx_build([*how, str(sources), str(pages)]): return status
         shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(pages, out, ignore=shutil.ignore_patterns(".buildinfo*"))
+        shutil.copytree(pages, out, ignore=shutil.ignore_patterns(".buildinfo*", "_sources"))
     return 0
 
 
