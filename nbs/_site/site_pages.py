@@ -26,6 +26,7 @@ from math_core import LatexError, LatexToMathML
 from nbdev import processors
 from nbdev.process import NBProcessor
 from sphinx.cmd.build import main as sphinx_build
+from sphinx.util.logging import getLogger
 from sphinx.util.typing import stringify_annotation
 
 SITE = Path(__file__).resolve().parent
@@ -371,21 +372,23 @@ def describe(app, what: str, name: str, value: object, options, lines: list[str]
 # Formulas
 
 
-def mathml(latex: str, display: bool) -> str:
-    "A formula as MathML, which browsers draw without a script; raises ValueError for what is not understood."
-    try: return LatexToMathML(annotation=True).convert_with_local_state(latex, displaystyle=display)
-    except LatexError as error: raise ValueError(f"formula {latex!r}: {error}") from error
+def mathml(node, display: bool) -> str:
+    "A formula as MathML, which browsers draw without a script. One that is not understood is warned of, and shown as it was written."
+    latex = node.astext()
+    try: return LatexToMathML(annotation=True, fancy_error=False).convert_with_local_state(latex, displaystyle=display)
+    except LatexError as error: getLogger(__name__).warning("formula %r is not understood: %s", latex, error, location=node)
+    return html.escape(latex)
 
 
 def inline_math(writer, node) -> None:
     "Write a formula that stands in a line, and go on behind it."
-    writer.body.append(mathml(node.astext(), False))
+    writer.body.append(mathml(node, False))
     raise SkipNode
 
 
 def display_math(writer, node) -> None:
     "Write a formula that stands alone, and go on behind it."
-    writer.body.append(f'<div class="formula">{mathml(node.astext(), True)}</div>')
+    writer.body.append(f'<div class="formula">{mathml(node, True)}</div>')
     raise SkipNode
 
 
