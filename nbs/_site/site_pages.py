@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))  # the package beside these sources is described, 
 PLOTLY = "application/vnd.plotly.v1+json"
 # A group of lessons takes all from its number up to the next group's.
 GROUPS = {0: "Beginnings", 2: "Text", 4: "Model", 9: "Generation", 10: "Training", 11: "Evaluation", 14: "Tools", 17: "Measuring"}
-MOST_SHOWN = 12  # parameters in a signature
+MOST_SHOWN, LONGEST = 12, 60  # parameters in a signature; characters of a default
 PAGES = {"glossary": "Glossary", "symbols": "Symbols", "citation": "Citation", "changelog": "Changes"}
 
 
@@ -331,6 +331,7 @@ def default_text(value: object) -> str:
     if value in (inspect.Parameter.empty, MISSING): return ""
     if isinstance(value, type) or inspect.isroutine(value): return value.__qualname__ if value.__module__ == "builtins" else value.__name__
     if repr(value) == "<factory>": return "..."
+    if is_dataclass(value) and len(repr(value)) > LONGEST: return f"{type(value).__name__}(...)"
     return repr(value)
 
 

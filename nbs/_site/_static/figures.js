@@ -1,4 +1,4 @@
-// Draws every interactive figure of the page from the JSON that it carries, in the colours of the page's theme.
+// Draws every interactive figure of the page from the JSON that it carries.
 "use strict";
 
 function drawFigure(figure) {
