@@ -14,7 +14,7 @@ PYTHONS = $(if $(PYTHON),$(PYTHON),python3.13 python3.12 python3.11 python3)
 SPACE_KB = 3145728
 
 .DEFAULT_GOAL = help
-.PHONY: help lab test walkthrough export clean-notebooks readme pretrained
+.PHONY: help lab test walkthrough export clean-notebooks readme docs pretrained
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,9 @@ clean-notebooks: $(READY) ## strip from the notebooks what does not belong in a 
 readme: $(READY) ## write README.md from nbs/index.ipynb
 	@"$(BIN)/python" tests/test_project.py
 
+docs: $(READY) ## build the web site in _docs from the notebooks; it is read without a network
+	@"$(BIN)/python" nbs/_site/site_pages.py _docs
+
 pretrained: $(READY) ## train the shipped checkpoint again by its recipe, into runs/pretrained
 	@"$(BIN)/cola-train" --recipe data/pretrained/run.json --out runs/pretrained
 
@@ -77,5 +80,5 @@ $(READY): settings.ini setup.py constraints.txt
 	echo "Making $(VENV) with $$found."; \
 	"$$found" -m venv --clear "$(VENV)"
 	@echo 'Installing the tested versions into $(VENV): once, a few minutes.'
-	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,test]'
+	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,test,docs]'
 	@touch "$(READY)"
