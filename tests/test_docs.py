@@ -1,11 +1,7 @@
 "The web site is built without a warning, is whole, shows what the notebooks and the code say, and asks nothing of a network."
 
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from configparser import ConfigParser
@@ -15,16 +11,16 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
+from conftest import FIGURE, FIGURE_LESSON
 from test_project import FLOORS, comments, docstring, methods, public
 from walkthrough import NBS, ROOT, lesson_names
+
+from cola_tutorial.screen import page_assets
 
 SITE = NBS / "_site"
 LARGEST = 40_000_000
 LESSONS = [name for name in lesson_names() if name != "index"]
 MODULES = [name for name in FLOORS if name != "__init__"]
-# Pages show figures that need no kernel: this one, in a lesson of the copy that is built, would end its script too early.
-FIGURE = {"data": [{"type": "scatter", "x": [0, 1], "y": [0, 1]}], "layout": {"title": {"text": "</script>"}}}
-FIGURE_LESSON = "00_idea"
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 CODE = {"pre", "code", "script", "style", "math"}
 
@@ -89,26 +85,6 @@ class Page(HTMLParser):
 def plain(text: str) -> str:
     "Text with its backticks dropped and its white space made one blank."
     return " ".join(text.replace("`", "").split())
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    "The site, built from a copy in which one lesson has a figure that lives without a kernel."
-    copy = tmp_path_factory.mktemp("docs")
-    skipped = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
-    for name in ("nbs", "cola_tutorial"): shutil.copytree(ROOT / name, copy / name, ignore=skipped)
-    for name in ("pyproject.toml", "CHANGELOG.md", "CITATION.cff", "LICENSE"): shutil.copy(ROOT / name, copy)
-    path = copy / "nbs" / f"{FIGURE_LESSON}.ipynb"
-    notebook = json.loads(path.read_text(encoding="utf-8"))
-    output = {"output_type": "display_data", "metadata": {}, "data": {"application/vnd.plotly.v1+json": FIGURE}}
-    cell = {"cell_type": "code", "id": "figure", "metadata": {}, "source": "figure", "execution_count": None, "outputs": [output]}
-    notebook["cells"].append(cell)
-    path.write_text(json.dumps(notebook), encoding="utf-8")
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    build = [sys.executable, "nbs/_site/site_pages.py", "_docs"]
-    run = subprocess.run(build, cwd=copy, env=env, capture_output=True, text=True)
-    assert run.returncode == 0 and not run.stderr, run.stdout + run.stderr
-    return copy / "_docs"
 
 
 @pytest.fixture(scope="module")
@@ -186,18 +162,15 @@ def test_site_is_small(site: Path) -> None:
     assert not [path.name for path in site.rglob("*") if path.name in (".doctrees", ".buildinfo", "_sources")]
 
 
-def test_only_pages_with_a_figure_load_plotly(site: Path, pages: dict[str, Page]) -> None:
-    "The figure's JSON comes through whole; its script is the one of the installed package, and loaded where it is needed."
+def test_only_pages_with_a_view_load_what_draws_it(site: Path, pages: dict[str, Page]) -> None:
+    "The still's JSON comes through whole; scripts are those of the package, and loaded where they are needed."
     html = (site / f"{FIGURE_LESSON}.html").read_text(encoding="utf-8")
-    held = re.findall(r'<figure class="cola-figure".*?<script type="application/json">(.*?)</script>', html, re.DOTALL)
-    assert [json.loads(one) for one in held] == [FIGURE]
+    held = re.findall(r'<div class="cola-still"><script type="application/json">(.*?)</script>', html, re.DOTALL)
+    assert any(json.loads(one)["picture"]["figure"]["data"] == FIGURE["data"] and json.loads(one)["title"] == "</script>" for one in held)
     loading = {name for name, page in pages.items() if any("plotly.min.js" in link for link in page.loaded)}
-    holding = {name for name, page in pages.items() if "cola-figure" in page.path.read_text(encoding="utf-8")}
+    holding = {name for name, page in pages.items() if "cola-still" in page.path.read_text(encoding="utf-8")}
     assert loading == holding and f"{FIGURE_LESSON}.html" in loading and "index.html" not in loading
-    import plotly
-
-    ours = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
-    assert (site / "_static" / "plotly.min.js").read_bytes() == ours.read_bytes()
+    for name, content in page_assets().items(): assert (site / "_static" / name).read_bytes() == content
 
 
 # Lessons

@@ -14,11 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from plotly.io.json import to_json_plotly
 
-from ..generation import prompt_tokens
-from ..model import ColaDLM
 from ..screen import Screen, View, page_assets, reply, show_screen
-from ..text.stories import Grammar
-from ..viz import ViewError, story_points
+from ..viz import ViewError
 
 # %% ../../nbs/14i_explorer.ipynb #f30b7071
 class App:

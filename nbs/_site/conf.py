@@ -56,9 +56,10 @@ linkcheck_retries = 2
 
 
 def load_figures(app: Sphinx, page: str, template: str, context: dict, tree: object) -> None:
-    "Only pages with an interactive figure load what draws it."
-    if "cola-figure" not in context.get("body", ""): return
-    for script in ("plotly.min.js", "figures.js"): app.add_js_file(script)
+    "Only pages with a view's still load what brings it to life."
+    if "cola-still" not in context.get("body", ""): return
+    app.add_css_file("view.css")
+    for script in ("plotly.min.js", "view.js", "awaken.js"): app.add_js_file(script, loading_method="defer")
 
 
 def setup(app: Sphinx) -> dict:

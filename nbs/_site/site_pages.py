@@ -33,6 +33,9 @@ SITE = Path(__file__).resolve().parent
 NBS, ROOT = SITE.parent, SITE.parent.parent
 PACKAGE = ROOT / "cola_tutorial"
 sys.path.insert(0, str(ROOT))  # the package beside these sources is described, wherever another one is installed
+
+from cola_tutorial.screen import page_assets, still_html  # noqa: E402
+
 PLOTLY = "application/vnd.plotly.v1+json"
 # A group of lessons takes all from its number up to the next group's.
 GROUPS = {0: "Beginnings", 2: "Text", 4: "Model", 9: "Generation", 10: "Training", 11: "Evaluation", 14: "Tools", 17: "Measuring"}
@@ -108,7 +111,7 @@ def lesson_page(
         words = picture_words(cell.source, heading)
         cell.metadata["mystnb"] = {"image": {"alt": words}}
         for output in cell.outputs:
-            if PLOTLY in output.get("data", {}): output["data"] = {"text/html": interactive_figure(output["data"][PLOTLY], words)}
+            if PLOTLY in output.get("data", {}): output["data"] = {"text/html": still_html(output["data"][PLOTLY])}
     if stem != "index": page.cells.insert(1, processors.mk_cell(run_hint(stem), "markdown"))
     return json.loads(json.dumps(page, default=str))
 
@@ -120,15 +123,6 @@ def run_hint(stem: str) -> str:
     hint += f" Or, without a browser: `make walkthrough NOTEBOOKS={stem}` runs it and says how long it took."
     if rooms: hint += f" The cells with a coloured edge become the module {' and '.join(rooms)}."
     return f"```{{admonition}} Run it yourself\n:class: tip\n{hint}\n```"
-
-
-def interactive_figure(
-    spec: dict,  # a plotly figure as its notebook holds it: data, layout, frames, config
-    words: str,  # says what it shows to those who do not see it
-) -> str:  # HTML
-    "A plotly figure for a page without a kernel; _static/figures.js draws it with the plotly.min.js of the installed package."
-    spec = json.dumps(spec).replace("<", "\\u003c")
-    return f'<figure class="cola-figure" role="group" aria-label="{html.escape(words)}"><script type="application/json">{spec}</script></figure>'
 
 
 def picture_words(
@@ -427,8 +421,8 @@ def stage(
     made = folder / "_made"
     made.mkdir()
     with as_file(files("ziamath") / "fonts" / "STIXTwoMath-Regular.ttf") as font: shutil.copy(font, made / "math.ttf")
-    if any("cola-figure" in json.dumps(page) for page in shown.values()):
-        with as_file(files("plotly") / "package_data" / "plotly.min.js") as script: shutil.copy(script, made)
+    if any("cola-still" in json.dumps(page) for page in shown.values()):
+        for name, content in page_assets().items(): (made / name).write_bytes(content)
 
 
 def build(
