@@ -14,8 +14,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from plotly.io.json import to_json_plotly
 
+from ..generation import prompt_tokens
+from ..model import ColaDLM
 from ..screen import Screen, View, page_assets, reply, show_screen
-from ..viz import ViewError
+from ..text.stories import Grammar
+from ..viz import ViewError, story_points
 
 # %% ../../nbs/14i_explorer.ipynb #f30b7071
 class App:
