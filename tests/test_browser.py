@@ -18,7 +18,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 if CHROMIUM is None: pytest.skip("no Chromium is installed (Debian: apt install chromium): nothing was tried in a browser", allow_module_level=True)
 
-from playwright.sync_api import Browser, Locator, Page, TimeoutError, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, TimeoutError, sync_playwright  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOTS = ROOT / "runs" / "screenshots"  # kept, to be looked at
@@ -182,8 +182,7 @@ def desk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     quiet.mkdir(parents=True)
     (quiet / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
     env = {name: value for name, value in os.environ.items() if name != "IN_TEST"} | places | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    options = ["--no-browser", "--allow-root", "--IdentityProvider.token=", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
-    options += ["--JupyterNotebookApp.news_url=None", "--ServerApp.port=0", "--ServerApp.port_retries=50", f"--ServerApp.root_dir={home}"]
+    options = ["--no-browser", "--allow-root", "--IdentityProvider.token=", "--ServerApp.port=0", f"--ServerApp.root_dir={home}"]
     with program(sys.executable, "-m", request.param, *options, until="http://localhost:", cwd=home, env=env) as line:
         yield Desk(request.param, re.search(r"http://localhost:\d+", line)[0], home)
 
