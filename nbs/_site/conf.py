@@ -68,5 +68,6 @@ def setup(app: Sphinx) -> dict:
     app.add_html_math_renderer("mathml", (site_pages.inline_math, nothing), (site_pages.display_math, nothing))
     app.connect("autodoc-process-signature", site_pages.signature)
     app.connect("autodoc-process-docstring", site_pages.describe)
+    app.connect("doctree-resolved", site_pages.dashes)
     app.connect("html-page-context", load_figures)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -20,7 +20,7 @@ from itertools import groupby
 from pathlib import Path
 
 import nbformat
-from docutils.nodes import SkipNode, make_id
+from docutils.nodes import SkipNode, Text, make_id
 from fastcore.docments import docments
 from math_core import LatexError, LatexToMathML
 from nbdev import processors
@@ -362,6 +362,12 @@ def describe(app, what: str, name: str, value: object, options, lines: list[str]
         if kind: lines.append(f":type {parameter}: {kind}")
     if lesson := lesson_of(name): lines += ["", lesson]
     lines.append("")
+
+
+def dashes(app, document, page: str) -> None:
+    "Set a real dash where Sphinx puts two hyphens between a parameter and its meaning; ours elsewhere are meant as they are."
+    for text in [*document.findall(Text)]:
+        if text == " -- ": text.parent.replace(text, Text(" – "))
 
 
 # Formulas
