@@ -499,7 +499,7 @@ def test_make_alone_lists_every_verb(clone: Path) -> None:
     (line,) = re.findall(r"^\.PHONY: (.+)$", (clone / "Makefile").read_text(), re.MULTILINE)
     listed = re.findall(r"^make ([a-z-]+) +\S", make(clone).stdout, re.MULTILINE)
     assert listed == line.split()
-    assert {"lab", "test", "walkthrough", "export", "clean-notebooks", "readme", "docs", "pretrained"} <= {*listed}
+    assert {"lab", "test", "walkthrough", "export", "clean-notebooks", "readme", "docs", "explore", "pretrained"} <= {*listed}
 
 
 def test_make_installs_once(clone: Path) -> None:

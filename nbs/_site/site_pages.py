@@ -38,7 +38,7 @@ from cola_tutorial.screen import page_assets, still_html  # noqa: E402
 
 PLOTLY = "application/vnd.plotly.v1+json"
 # A group of lessons takes all from its number up to the next group's.
-GROUPS = {0: "Beginnings", 2: "Text", 4: "Model", 9: "Generation", 10: "Training", 11: "Evaluation", 14: "Tools", 17: "Measuring"}
+GROUPS = {0: "Beginnings", 2: "Text", 4: "Model", 9: "Generation", 10: "Training", 11: "Evaluation", 14: "Views", 15: "Tools", 17: "Measuring"}
 MOST_SHOWN, LONGEST = 12, 60  # parameters in a signature; characters of a default
 PAGES = {"glossary": "Glossary", "symbols": "Symbols", "citation": "Citation", "changelog": "Changes"}
 
