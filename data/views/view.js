@@ -84,7 +84,7 @@ const cola = (() => {
   // sources() gives a promise of the texts that a page of its own needs, null where they cannot be had.
   const mount = (host, spec, talk) => {
     const id = `cola-${++count}-${Math.random().toString(36).slice(2, 8)}`, values = {}, inputs = {}, undo = [];
-    let picture = spec.picture ?? null, step = 0, waiting = false, wanted = false, playing = null, drawing = false, again = false, Plotly = null, patience = null;
+    let picture = spec.picture ?? null, step = picture?.start ?? 0, waiting = false, wanted = false, playing = null, drawing = false, again = false, Plotly = null, patience = null;
 
     const title = make("p", { class: "cola-title", id: `${id}-title` }, spec.title);
     const form = make("div", { class: "cola-controls", role: "group", "aria-label": "Controls" });
