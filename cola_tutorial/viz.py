@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KIND', 'OKABE_ITO', 'QUIET', 'INK', 'ViewError', 'TokenPoints', 'token_name', 'story_points', 'LatentPlane',
            'axis_labels', 'trust_statement', 'PointGroup', 'point_groups', 'plot_plane', 'BlockPath', 'follow',
-           'beside', 'pages', 'plot_reading', 'plot_path', 'latent_names', 'settling_times']
+           'beside', 'pages', 'latent_names', 'settling_times']
 
 # %% ../nbs/14_viz.ipynb #3f93c01e
 import re
@@ -17,7 +17,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
 from sklearn.decomposition import PCA
 from sklearn.manifold import trustworthiness
 from tokenizers import Tokenizer
@@ -138,7 +137,7 @@ def _centres(rows: np.ndarray, labels: Sequence[str]) -> np.ndarray:  # (C, d)
     if len(names) < 3: raise ViewError(f"a plane needs the centres of three words or more, but the labels name {len(names)}: take another choice")
     return np.stack([rows[np.array(labels) == name].mean(0) for name in names])
 
-
+# %% ../nbs/14_viz.ipynb #b9309190
 class LatentPlane:
     "Latents laid flat by a projection that is fitted once."
 
@@ -197,9 +196,9 @@ INK = "#101010"  # of what must stand out: on a dark page it turns light
 class PointGroup:
     "The points that look alike in a picture."
 
-    name: str
+    name: str  # the value that they name
     where: Tensor  # (m, 2)
-    colour: str
+    colour: str  # one of OKABE_ITO, or QUIET for the other words
     shape: tuple[str, str]  # for matplotlib, for plotly
 
 
@@ -308,52 +307,7 @@ def pages(
     count = max(1, room // paths[0].z.shape[1]) if paths else 1
     return [beside(paths[i : i + count]) for i in range(0, len(paths), count)]
 
-# %% ../nbs/14_viz.ipynb #ebc2ff22
-def plot_reading(
-    path: BlockPath,  # one block
-    every: int = 1,  # show each n-th step; the last is always shown
-    axes: Axes | None = None,  # None: a new figure
-) -> Axes:  # drawn on
-    "Steps x positions: the token that the decoder would read off, shaded by its probability."
-    if every < 1: raise ViewError(f"every is {every}, but must be at least 1")
-    last = len(path.times) - 1
-    steps, count = sorted({*range(0, last, every), last}), path.tokens.shape[1]
-    axes = axes or plt.subplots(figsize=(0.7 * count, 0.28 * len(steps) + 1), dpi=72)[1]
-    image = axes.imshow(path.confidence[steps].numpy(), vmin=0, vmax=1, cmap="cividis", aspect="auto")
-    for row, step in enumerate(steps):
-        for place, name in enumerate(path.names[step]):
-            bright = path.confidence[step, place] > 0.5
-            axes.text(place, row, name, ha="center", va="center", fontsize=8, color="black" if bright else "white", parse_math=False)
-    if path.given: axes.axvline(path.given - 0.5, color="white", linewidth=3)
-    axes.set(xlabel="position in the block (token)", ylabel="flow time t", xticks=range(count), yticks=range(len(steps)))
-    axes.set_yticklabels([f"{t:.2f}" for t in path.times[steps]])
-    axes.figure.colorbar(image, ax=axes, label="decoder's probability", pad=0.01)
-    return axes
-
 # %% ../nbs/14_viz.ipynb #fac8e3b4
-def plot_path(
-    plane: LatentPlane,  # lays the latents flat
-    path: BlockPath,  # one block
-    points: TokenPoints | None = None,  # words to draw behind it
-    axes: Axes | None = None,  # None: a new figure
-) -> Axes:  # drawn on
-    "The way of each latent of a block over the plane, from noise (dark) to meaning (light, with its word)."
-    axes = axes or plt.subplots(figsize=(7, 4), dpi=72)[1]
-    if points is not None: axes.scatter(*plane.project(points.latents).T, s=3, c=QUIET, linewidths=0, antialiased=False)
-    flat = plane.project(path.z).transpose(0, 1)  # (n, S + 1, 2)
-    lines = torch.stack([flat[:, :-1], flat[:, 1:]], 2).reshape(-1, 2, 2)
-    strokes = LineCollection(lines.numpy(), array=path.times[:-1].repeat(len(flat)).numpy(), cmap="cividis_r", linewidths=1.4)
-    axes.add_collection(strokes)
-    axes.scatter(*flat[:, 0].T, s=16, facecolors="none", edgecolors=OKABE_ITO[0], label="noise, t = 1")
-    axes.scatter(*flat[:, -1].T, s=18, c=OKABE_ITO[3], label="meaning, t = 0", zorder=3)
-    for place, name in zip(flat[:, -1].tolist(), latent_names(path, -1)):
-        axes.annotate(name, place, (3, 3), textcoords="offset points", fontsize=8, parse_math=False)
-    axes.set(xlabel=axis_labels(plane)[0], ylabel=axis_labels(plane)[1])
-    axes.figure.colorbar(strokes, ax=axes, label="flow time t", pad=0.01)
-    axes.legend(fontsize=7, frameon=False)
-    return axes
-
-
 def latent_names(
     path: BlockPath,  # one block
     step: int,  # 0 .. S

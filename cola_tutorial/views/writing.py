@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'PAGE', 'GHOSTS', 'crystallisation', 'renoising', 'flow_theatre']
 
-# %% ../../nbs/14c_writing.ipynb #e6248765
+# %% ../../nbs/14c_writing.ipynb #e8e703b8
 import html
 import math
 import sys
@@ -25,12 +25,10 @@ from ..editing import shake_block
 from ..generation import prompt_tokens, read_prompts
 from ..model import ColaDLM
 from ..screen import Control, Picture, View, add_frames, panels
-from cola_tutorial.viz import (
-    INK, KIND, OKABE_ITO, QUIET, BlockPath, LatentPlane, TokenPoints, ViewError,
-    axis_labels, beside, follow, latent_names, pages, point_groups, settling_times, token_name, trust_statement,
-)
+from ..viz import INK, OKABE_ITO, QUIET, BlockPath, LatentPlane, PointGroup, TokenPoints, axis_labels, beside, follow
+from ..viz import latent_names, pages, point_groups, settling_times, token_name, trust_statement
 
-# %% ../../nbs/14c_writing.ipynb #810dac68
+# %% ../../nbs/14c_writing.ipynb #d6da8d84
 COLUMNS = 8  # positions on a page of the grid
 
 
@@ -50,7 +48,7 @@ def _grid(path: BlockPath, steps: Sequence[int], first: int) -> list[dict]:  # o
     across = [x for column in range(1, len(places) + 1) for x in (column - 0.47, column + 0.47, None)]
     return [dict(z=sure, text=words), dict(x=across, y=[y for row in settled for y in (row - 0.5, row - 0.5, None)])]
 
-# %% ../../nbs/14c_writing.ipynb #27ea8b07
+# %% ../../nbs/14c_writing.ipynb #69eebccc
 def _grid_figure(path: BlockPath) -> go.Figure:
     "Times x positions, page by page."
     last = len(path.times) - 1
@@ -66,12 +64,13 @@ def _grid_figure(path: BlockPath) -> go.Figure:
     times = [f"{path.times[step]:.2f}" for step in steps]
     figure.update_xaxes(title_text="position on the page (token)", tickvals=[*range(1, COLUMNS + 1)], range=[0.5, COLUMNS + 0.5], showgrid=False)
     rows = [*range(0, len(steps), 2 if len(steps) > 9 else 1)]
-    figure.update_yaxes(title_text="flow time t (1: noise, 0: meaning)", tickvals=rows, ticktext=[times[row] for row in rows], range=[len(steps) - 0.5, -0.7], showgrid=False)
-    figure.update_layout(legend={"y": 1.06, "x": 0}, margin={"t": 30, "b": 110}, meta=figure.layout.meta | {"narrow": {"legend": {"y": 1.06}, "margin": {"l": 45, "r": 5}}})
+    figure.update_yaxes(title_text="flow time t (1: noise, 0: meaning)", tickvals=rows, ticktext=[times[row] for row in rows])
+    figure.update_yaxes(range=[len(steps) - 0.5, -0.7], showgrid=False)
+    figure.update_layout(legend={"y": 1.06, "x": 0}, margin={"t": 60, "b": 110}, meta={"narrow": {"legend": {"y": 1.06}, "margin": {"l": 45, "r": 5}}})
     pages_of = [[cells, marks, marks] for cells, marks in (_grid(path, steps, first) for first in firsts)]
     return add_frames(figure, pages_of, [0, 1, 2], [f"{i + 1} of {len(firsts)}" for i in range(len(firsts))])
 
-# %% ../../nbs/14c_writing.ipynb #98aa25f0
+# %% ../../nbs/14c_writing.ipynb #a42b62b0
 def _order(path: BlockPath, first: int, stop: int) -> str:
     "The words of some positions with the times at which they settled, first to last, as HTML."
     found = [(time, name) for time, name in zip(settling_times(path).tolist(), path.names[-1])][first:stop]
@@ -88,7 +87,7 @@ def _grid_texts(model: ColaDLM, path: BlockPath) -> list[str]:
         made.append(f"<p>{text}</p><p>Settled at t, the first word first: {_order(path, first, stop)}.</p>")
     return made
 
-# %% ../../nbs/14c_writing.ipynb #98128588
+# %% ../../nbs/14c_writing.ipynb #f6e08793
 def crystallisation(
     model: ColaDLM,  # in evaluation mode
     prompt: str = "",  # beginning of the text; empty: a text from nothing
@@ -102,7 +101,7 @@ def crystallisation(
     @lru_cache(8)
     def written(prompt: str, seed: int, steps: int, weight: float, ends: bool) -> BlockPath:
         path = beside(follow(model, prompt, seed, replace(base, steps=steps, guidance_scale=weight), ends))
-        return _written_part(path, model)
+        return _written_part(path, prompt, model.config.end_id)
 
     def draw(prompt: str, seed: int, steps: int, weight: float, reading: str) -> Picture:
         path = written(prompt, seed, steps, weight, reading == "end")
@@ -119,18 +118,21 @@ def crystallisation(
         Control("weight", "guidance w (no unit)", "slider", min(float(base.guidance_scale), 5.0), 0.0, 5.0, 0.5),
         Control("reading", "the decoder reads", "choice", "state", options=[("the state z_t", "state"), ("the predicted end z_t - t v", "end")]),
     ]
-    caption = "Each cell holds the word that would be read at that time, lighter where the decoder is surer; below its bar a word no longer changes. Which words settle first? Then read the predicted end: which are there from the start, and which still come late?"
+    caption = (
+        "Each cell holds the word that would be read at that time, lighter where the decoder is surer; below its bar a word no longer changes. "
+        "Which words settle first? Then read the predicted end: which are there from the start, and which still come late?"
+    )
     return View("Words crystallise", caption, controls, draw)
 
 
-def _written_part(path: BlockPath, model: ColaDLM) -> BlockPath:
+def _written_part(path: BlockPath, prompt: str, end: int) -> BlockPath:
     "The positions between the prompt and the end token: what stands behind that belongs to no text."
-    ids, first, end = path.tokens[-1].tolist(), path.given, model.config.end_id
+    ids, first = path.tokens[-1].tolist(), path.given
     stop = ids.index(end) + 1 if end in ids else len(ids)
-    names, before = [row[first:stop] for row in path.names], path.before + model.tokenizer.decode(ids[:first])
-    return replace(path, tokens=path.tokens[:, first:stop], confidence=path.confidence[:, first:stop], names=names, before=before, given=0)
+    names = [row[first:stop] for row in path.names]
+    return replace(path, tokens=path.tokens[:, first:stop], confidence=path.confidence[:, first:stop], names=names, before=prompt, given=0)
 
-# %% ../../nbs/14c_writing.ipynb #07c26f3f
+# %% ../../nbs/14c_writing.ipynb #5a79ade8
 def _block_options(model: ColaDLM, ids: Sequence[int]) -> list[tuple[str, int]]:
     "The blocks of a text by number and words."
     size = model.config.tokens_per_block
@@ -142,14 +144,15 @@ def _compared(model: ColaDLM, old: Sequence[int], new: Sequence[int], first: int
     "The new text, what differs marked, and each old passage beside the new one, as HTML; tokens from `first` to `stop` were written again."
     read, parts, pairs = lambda ids: html.escape(model.tokenizer.decode(ids)), [], []
     for kind, a, b, c, d in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        parts.append(f"<span class='cola-past'>{read(new[c:d])}</span>" if kind == "equal" else f"<mark>{read(new[c:d])}</mark>")
-        if kind != "equal": pairs.append(f"{read(old[a:b]).strip() or 'nothing'} → {read(new[c:d]).strip() or 'nothing'}")
+        before, after = read(old[a:b]), read(new[c:d])
+        if after: parts.append(f"<span class='cola-past'>{after}</span>" if kind == "equal" else f"<mark>{after}</mark>")
+        if before != after: pairs.append(f"{before.strip() or 'nothing'} → {after.strip() or 'nothing'}")
     back = sum(old[i] == new[i] for i in range(first, stop))
     told = f"{back} of {stop - first} tokens came back in their places." + (f" Changed: {'; '.join(pairs)}." if pairs else "")
     same = sum(a == b for a, b in zip(old[:first], new[:first]))
     return f"<p>{''.join(parts)}</p><p>{told} Before the block {same} of {first} tokens are identical; behind it {len(new) - stop} were not touched.</p>"
 
-# %% ../../nbs/14c_writing.ipynb #da6b43e8
+# %% ../../nbs/14c_writing.ipynb #49fe429c
 def _distance_figure(names: tuple[list[str], list[str]], moved: Tensor, first: int, usual: float, reach: float) -> go.Figure:
     "How far the latents (n,) from position `first` on have moved, with a few that were not asked around them; `names`: old and new words."
     old, new = names
@@ -159,20 +162,39 @@ def _distance_figure(names: tuple[list[str], list[str]], moved: Tensor, first: i
     for changed, label, colour, pattern in ((False, "word came back", OKABE_ITO[0], ""), (True, "word changed", OKABE_ITO[1], "/")):
         heights = [moved[i - first].item() if own and (old[i] != new[i]) == changed else None for i, own in zip(places, asked)]
         words = [html.escape(new[i]) if changed and height is not None else "" for i, height in zip(places, heights)]
-        figure.add_bar(x=places, y=heights, text=words, textposition="outside", cliponaxis=False, textangle=-45, constraintext="none", name=label,
-                       marker={"color": colour, "pattern": {"shape": pattern}}, hovertemplate="%{y:.2f}<extra></extra>")
-    kept = [i for i, own in zip(places, asked) if not own]
+        look = {"marker": {"color": colour, "pattern": {"shape": pattern}}, "hovertemplate": "%{y:.2f}<extra></extra>"}
+        beside_bar = {"textposition": "outside", "cliponaxis": False, "textangle": -45, "constraintext": "none"}
+        figure.add_bar(x=[i + 1 for i in places], y=heights, text=words, name=label, **look, **beside_bar)
+    kept = [i + 1 for i, own in zip(places, asked) if not own]
     figure.add_scatter(x=kept, y=[0.0] * len(kept), mode="markers", name="not written again", marker={"color": INK, "symbol": "line-ew-open", "size": 9})
-    figure.add_scatter(x=[low - 0.5, high - 0.5], y=[usual, usual], mode="lines", name="between different words", line={"color": INK, "dash": "dash", "width": 1})
+    dashed = {"color": INK, "dash": "dash", "width": 1}
+    figure.add_scatter(x=[low + 0.5, high + 0.5], y=[usual, usual], mode="lines", name="between different words", line=dashed)
     few = len(places) <= 20
-    labels = {"tickvals": places, "ticktext": [html.escape(old[i]) for i in places], "tickangle": -60} if few else {"nticks": 12}
-    figure.update_xaxes(title_text="old word at each position" if few else "position in the text (latent)", range=[low - 0.6, high - 0.4], **labels)
+    labels = {"tickvals": [i + 1 for i in places], "ticktext": [html.escape(old[i]) for i in places], "tickangle": -60} if few else {"nticks": 12}
+    figure.update_xaxes(title_text="old word at each position" if few else "position in the text (latent)", range=[low + 0.4, high + 0.6], **labels)
     figure.update_yaxes(title_text="distance new - old (no unit)", range=[0, reach])
-    above = {"legend": {"y": 1.02, "yanchor": "bottom", "x": 0}, "margin": {"t": 40}}
+    above = {"legend": {"y": 1.02, "yanchor": "bottom", "x": 0}, "margin": {"t": 75}}
     narrow = {"legend": above["legend"], "margin": {"l": 40, "r": 8, "t": 90}}
-    return figure.update_layout(barmode="overlay", bargap=0.25, meta=figure.layout.meta | {"narrow": narrow}, **above)
+    return figure.update_layout(barmode="overlay", bargap=0.25, meta={"narrow": narrow}, **above)
 
-# %% ../../nbs/14c_writing.ipynb #ad4ff14e
+# %% ../../nbs/14c_writing.ipynb #5ae20a21
+def _bench(
+    model: ColaDLM, before: tuple[list[int], Tensor], after: tuple[list[int], Tensor], block: int
+) -> tuple[go.Figure, str, str]:  # the figure, what it says, the texts as HTML
+    "A text's ids and latents (N, d) beside those after `block` and perhaps more were written again, of which alone the new latents are."
+    (old, latents), (new, written), patch = before, after, model.config.vae.patch_size
+    first = block * model.config.dit.block_size
+    count = min(len(written), math.ceil(len(old) / patch) - first)  # padding is no part of the text
+    moved = (written[:count] - latents[first : first + count]).norm(dim=-1)
+    names = tuple([" ".join(token_name(model.tokenizer, i) for i in ids[n : n + patch]) for n in range(0, len(ids), patch)] for ids in (old, new))
+    apart = torch.cdist(latents[: len(names[0])], latents[: len(names[0])])
+    different = torch.tensor([[a != b for b in names[0]] for a in names[0]])
+    usual = apart[different].mean().item() if different.any() else 0.0
+    figure = _distance_figure(names, moved, first, usual, max(1.35 * apart.max().item(), 1.0))
+    said = f"the latents of {count} positions moved by {moved.mean():.2f} on average; different words are {usual:.2f} apart."
+    return figure, said, _compared(model, old, new, first * patch, min((first + count) * patch, len(old)))
+
+# %% ../../nbs/14c_writing.ipynb #45a0d5e6
 def renoising(
     model: ColaDLM,  # in evaluation mode
     text: str,  # to begin with
@@ -195,21 +217,14 @@ def renoising(
         return edit.tokens[0], edit.latents[0]
 
     def draw(text: str, block: int, t: float, behind: str, seed: int) -> Picture:
-        (old, latents), patch, size = read(text), model.config.vae.patch_size, model.config.dit.block_size
+        old, latents = read(text)
         options = _block_options(model, old)
         block = min(block, len(options) - 1)  # a shorter text
         new, written = shaken(text, block, t, len(options) - block if behind == "anew" else 1, seed)
-        first, count = block * size, min(len(written), math.ceil(len(old) / patch) - block * size)  # padding is no part of the text
-        moved = (written[:count] - latents[first : first + count]).norm(dim=-1)
-        names = tuple([" ".join(token_name(model.tokenizer, i) for i in ids[n : n + patch]) for n in range(0, len(ids), patch)] for ids in (old, new))
-        apart = torch.cdist(latents[: len(names[0])], latents[: len(names[0])])
-        different = torch.tensor([[a != b for b in names[0]] for a in names[0]])
-        usual = apart[different].mean().item() if different.any() else 0.0
-        compared = _compared(model, old, new, first * patch, min((first + count) * patch, len(old)))
-        figure = _distance_figure(names, moved, first, usual, max(1.35 * apart.max().item(), 1.0))
-        said = f"At t = {t:.2f} the latents of {count} positions moved by {moved.mean():.2f} on average; different words are {usual:.2f} apart."
+        figure, said, below = _bench(model, (old, latents), (new, written), block)
+        said = f"At t = {t:.2f} {said}"
         alt = f"Bars: distance by position. {said} Block: {options[block][0]}."
-        return Picture(figure, f"<p>{said}</p>{compared}", alt=alt, controls=[replace(chosen, value=block, options=options)])
+        return Picture(figure, f"<p>{said}</p>{below}", alt=alt, controls=[replace(chosen, value=block, options=options)])
 
     chosen = Control("block", "block that is sent back", "choice", block, options=_block_options(model, read(text)[0]))
     controls = [
@@ -219,10 +234,13 @@ def renoising(
         Control("behind", "the blocks behind it", "choice", "kept", options=[("stay as they were", "kept"), ("are sent back too", "anew")]),
         Control("seed", "seed of the noise", "number", 0, 0, 9999),
     ]
-    caption = "Raise t from 0.05. At which t does the first word change, and how far had its latent moved before? Try another seed, and let the blocks behind be sent back too: what do they keep?"
+    caption = (
+        "Raise t from 0.05. At which t does the first word change, and how far had its latent moved before? "
+        "Try another seed, and let the blocks behind be sent back too: do they take the new word up?"
+    )
     return View("A block goes back to noise", caption, controls, draw, vary="t")
 
-# %% ../../nbs/14c_writing.ipynb #13820f67
+# %% ../../nbs/14c_writing.ipynb #dd6a72e2
 PAGE = 16  # latents on a page of the theatre
 
 
@@ -247,19 +265,19 @@ class _Theatre:
         if len(self.texts) > 12: self.texts.pop(next(iter(self.texts)))
         return made
 
-# %% ../../nbs/14c_writing.ipynb #179ae517
+# %% ../../nbs/14c_writing.ipynb #1c1a4a47
 @patch
-def _plane(self: _Theatre, method: str, choice: str) -> tuple[LatentPlane, Tensor]:  # the plane, the points in it (M, 2)
-    "A plane of all latents; only the one through word centres depends on the choice."
-    plane = LatentPlane(self.points.latents, method, labels=self.points.said[choice] if method == "centres" else ())
+def _plane(self: _Theatre, method: str, named: str) -> tuple[LatentPlane, Tensor]:  # the plane, the points in it (M, 2)
+    "A plane of all latents; `named` is the choice whose words it goes through, empty where it goes through none."
+    plane = LatentPlane(self.points.latents, method, labels=self.points.said[named] if named else ())
     return plane, plane.project(self.points.latents)
 
 
 @patch
-def _ways(self: _Theatre, method: str, choice: str, page: int, *keys: tuple) -> tuple[Tensor, ...]:  # (S + 1, n, 2) of each text
+def _ways(self: _Theatre, method: str, named: str, page: int, *keys: tuple) -> tuple[Tensor, ...]:  # (S + 1, n, 2) of each text
     "Where the latents of a page are at every time, in each of some texts: all projected in one call."
     shown = [self.pages(*key, page)[page - 1].z for key in keys]
-    return self.plane(method, choice)[0].project(torch.cat(shown, 1)).split([z.shape[1] for z in shown], 1)
+    return self.plane(method, named)[0].project(torch.cat(shown, 1)).split([z.shape[1] for z in shown], 1)
 
 
 @patch
@@ -269,7 +287,7 @@ def true_neighbours(self: _Theatre, z: Tensor, flat: Tensor, cloud: Tensor) -> l
     same = [self.points.tokens[a] == self.points.tokens[b] for a, b in zip(*nearest)]
     return torch.tensor(same).reshape(z.shape[:2]).sum(1).tolist()
 
-# %% ../../nbs/14c_writing.ipynb #132a2f80
+# %% ../../nbs/14c_writing.ipynb #5d886010
 def _trail(flat: Tensor, step: int) -> dict:
     "The ways of the latents (S + 1, n, 2) as far as a step, the pen lifted between them."
     lifted = torch.cat([flat[: step + 1], torch.full_like(flat[:1], torch.nan)])
@@ -292,18 +310,19 @@ def _moment(path: BlockPath, flat: Tensor, ghost: tuple[BlockPath, Tensor] | Non
         dict(text=words),
     ]
 
-# %% ../../nbs/14c_writing.ipynb #bf10d924
-def _stage(plane: LatentPlane, groups: Sequence, places: int) -> go.Figure:  # without what moves
+# %% ../../nbs/14c_writing.ipynb #d35a13a0
+def _stage(plane: LatentPlane, groups: Sequence[PointGroup], places: int) -> go.Figure:  # without what moves
     "The plane with the words behind the page, and room for what the decoder reads."
     figure = panels(["latents in the plane", "what would be read"], [0.64, 0.36], 560)
     for group in groups:
         rest = group.colour == QUIET
         marker = {"color": group.colour, "symbol": group.shape[1], "size": 3 if rest else 7, "line": {"width": 0 if rest else 0.5, "color": INK}}
-        figure.add_scatter(x=group.where[:, 0].numpy(), y=group.where[:, 1].numpy(), mode="markers", name=group.name, marker=marker, hoverinfo="name", row=1, col=1)
+        x, y = group.where.T.numpy()
+        figure.add_scatter(x=x, y=y, mode="markers", name=group.name, marker=marker, hoverinfo="name", row=1, col=1)
     across, up = axis_labels(plane)
     figure.update_xaxes(title_text=across, row=1, col=1).update_yaxes(title_text=up, row=1, col=1)
     figure.update_xaxes(title_text="probability (no unit)", range=[0, 2.3], tickvals=[0, 0.5, 1], row=1, col=2)
-    figure.update_yaxes(title_text="position on the page (token)", range=[places - 0.5, -0.5], nticks=6, row=1, col=2)
+    figure.update_yaxes(title_text="position on the page (token)", range=[places + 0.5, 0.5], nticks=6, row=1, col=2)
     narrow = figure.layout.meta["narrow"]
     narrow["legend"] = {"y": -0.08, "yanchor": "top"}
     return figure.update_layout(legend={"y": -0.14, "yanchor": "top", "font": {"size": 11}}, meta={"narrow": narrow | {"height": 980}})
@@ -316,34 +335,36 @@ def _reach(*parts: Tensor) -> list[list[float]]:  # of the horizontal and the ve
     margin = 0.06 * (high - low) + 1e-6
     return torch.stack([low - margin, high + margin], 1).tolist()
 
-# %% ../../nbs/14c_writing.ipynb #d6571546
+# %% ../../nbs/14c_writing.ipynb #ad75af4e
 @patch
 def figure(
-    self: _Theatre, stage: tuple[str, str], path: BlockPath, flat: Tensor, ghost: tuple[BlockPath, Tensor] | None
+    self: _Theatre, stage: tuple[str, str], choice: str, path: BlockPath, flat: Tensor, ghost: tuple[BlockPath, Tensor] | None
 ) -> go.Figure:  # with a frame for each time
-    "The page on its way over the plane of (method, choice)."
+    "The page on its way over the plane of `stage` (method, choice of its centres), words coloured by `choice`."
     plane, cloud = self.plane(*stage)
-    figure = _stage(plane, point_groups(cloud, self.points, stage[1]), path.tokens.shape[1])
-    moments, still_there, places = [_moment(path, flat, ghost, step) for step in range(len(path.times))], len(figure.data), np.arange(path.tokens.shape[1])
+    figure = _stage(plane, point_groups(cloud, self.points, choice), path.tokens.shape[1])
+    moments, still_there, places = [_moment(path, flat, ghost, step) for step in range(len(path.times))], len(figure.data), 1 + np.arange(path.tokens.shape[1])
     *other, way, latents, bars, words = moments[0]
+    line, left, right = {"mode": "lines", "opacity": 0.45, "hoverinfo": "skip"}, {"row": 1, "col": 1}, {"row": 1, "col": 2}
     if other:
-        figure.add_scatter(mode="lines", name="ghost's way", line={"color": INK, "width": 1, "dash": "dot"}, opacity=0.45, hoverinfo="skip", **other[0], row=1, col=1)
-        figure.add_scatter(mode="markers", name="ghost", marker={"color": INK, "size": 8, "symbol": "circle-open"}, hoverinfo="name", **other[1], row=1, col=1)
-    figure.add_scatter(mode="lines", name="way so far", line={"color": INK, "width": 1}, opacity=0.45, hoverinfo="skip", **way, row=1, col=1)
-    figure.add_scatter(mode="markers+text", name="latent", marker={"color": INK, "size": 7, "symbol": "x"}, textposition="top right", **latents, row=1, col=1)
+        figure.add_scatter(name="ghost's way", line={"color": INK, "width": 1, "dash": "dot"}, **line, **other[0], **left)
+        figure.add_scatter(mode="markers", name="ghost", marker={"color": INK, "size": 8, "symbol": "circle-open"}, hoverinfo="name", **other[1], **left)
+    figure.add_scatter(name="way so far", line={"color": INK, "width": 1}, **line, **way, **left)
+    figure.add_scatter(mode="markers+text", name="latent", marker={"color": INK, "size": 7, "symbol": "x"}, textposition="top right", **latents, **left)
     colours = {"color": bars["marker"]["color"], "colorscale": "Cividis", "cmin": 0, "cmax": 1}
-    figure.add_bar(orientation="h", x=bars["x"], y=places, marker=colours, showlegend=False, hovertemplate="%{x:.2f}<extra></extra>", row=1, col=2)
-    figure.add_scatter(mode="text", x=np.full(len(places), 1.06), y=places, textposition="middle right", showlegend=False, hoverinfo="skip", **words, row=1, col=2)
+    figure.add_bar(orientation="h", x=bars["x"], y=places, marker=colours, showlegend=False, hovertemplate="%{x:.2f}<extra></extra>", **right)
+    beyond = {"textposition": "middle right", "showlegend": False, "hoverinfo": "skip"}
+    figure.add_scatter(mode="text", x=np.full(len(places), 1.06), y=places, **beyond, **words, **right)
     across, up = _reach(cloud, flat, *([ghost[1]] if ghost else []))
     figure.update_xaxes(range=across, row=1, col=1).update_yaxes(range=up, row=1, col=1)
     return add_frames(figure, moments, [*range(still_there, len(figure.data))], [f"{time:.2f}" for time in path.times.tolist()])
 
-# %% ../../nbs/14c_writing.ipynb #f3e2b3e7
+# %% ../../nbs/14c_writing.ipynb #4eebe36d
 def _badge(plane: LatentPlane, true: int, count: int) -> str:
     "How far the plane can be believed at one time, as HTML."
     size = "small" if 3 * true >= 2 * count else "large" if 3 * true <= count else "moderate"
-    return (f"<p><strong>Distortion: {size}.</strong> For {true} of {count} latents the nearest word in the plane is the nearest in all {plane.width} dimensions. "
-            f"{html.escape(trust_statement(plane))}</p>")
+    said = f"For {true} of {count} latents the nearest word in the plane is the nearest in all {plane.width} dimensions."
+    return f"<p><strong>Distortion: {size}.</strong> {said} {html.escape(trust_statement(plane))}</p>"
 
 
 def _ghost_key(ghost: str, prompt: str, seed: int, weight: float) -> tuple[str, int, float] | None:
@@ -354,7 +375,7 @@ def _ghost_key(ghost: str, prompt: str, seed: int, weight: float) -> tuple[str, 
 
 GHOSTS = (("none", "none"), ("the next seed", "seed"), *((f"same noise, guidance {w}", w) for w in ("0", "1", "2", "4")))
 
-# %% ../../nbs/14c_writing.ipynb #7c69bbd6
+# %% ../../nbs/14c_writing.ipynb #70679afe
 @patch
 def draw(self: _Theatre, prompt: str, seed: int, weight: float, page: int, method: str, choice: str, ghost: str) -> Picture:
     "One page of a text under all that can be moved."
@@ -365,9 +386,9 @@ def draw(self: _Theatre, prompt: str, seed: int, weight: float, page: int, metho
     if other:
         others = self.pages(*other, shown)
         twin = others[shown - 1] if len(others) >= shown else None
-    keys = (key, other) if twin else (key,)
-    flat, *rest = self.ways(method, choice, shown, *keys)
-    (plane, cloud), pair = self.plane(method, choice), (twin, rest[0]) if twin else None
+    stage, keys = (method, choice if method == "centres" else ""), (key, other) if twin else (key,)
+    flat, *rest = self.ways(*stage, shown, *keys)
+    (plane, cloud), pair = self.plane(*stage), (twin, rest[0]) if twin else None
     true, count = self.true_neighbours(path.z, flat, cloud), path.z.shape[1]
     notes = "<p>The text ends on this page.</p>" * beyond + "<p>The ghost's text ends before this page.</p>" * (other is not None and twin is None)
     texts = []
@@ -378,9 +399,9 @@ def draw(self: _Theatre, prompt: str, seed: int, weight: float, page: int, metho
     alt = (f"{count} latents on page {shown} move from noise to words: {path.texts[-1].strip()!r}. Words coloured by {choice}. {trust_statement(plane)} "
            f"Nearest word true for {true[0]} latents at t = 1 and {true[-1]} at t = 0.")
     controls = [replace(self.page, value=shown)] if beyond else []
-    return Picture(self.figure((method, choice), path, flat, pair), texts, "flow time t (1: noise, 0: meaning)", 0, alt, controls)
+    return Picture(self.figure(stage, choice, path, flat, pair), texts, "flow time t (1: noise, 0: meaning)", 0, alt, controls)
 
-# %% ../../nbs/14c_writing.ipynb #0970ba23
+# %% ../../nbs/14c_writing.ipynb #4909da12
 def flow_theatre(
     model: ColaDLM,  # writes the texts
     points: TokenPoints,  # words behind them, from `story_points`; the planes are fitted to these, 1000 are plenty
@@ -392,7 +413,7 @@ def flow_theatre(
     config = config or replace(model.generation, steps=min(16, model.generation.steps), times=(), renew_below=0.0)
     theatre, per_page = _Theatre(model, points, config), PAGE * model.config.vae.patch_size
     theatre.page = Control("page", f"page ({PAGE} latents)", "number", 1, 1, max(2, math.ceil(config.max_length / per_page)))
-    planes = [("PCA: most variance", "pca"), ("word centres of the coloured choice", "centres"), ("UMAP (takes seconds)", "umap")]
+    planes = [("PCA: most variance", "pca"), ("word centres of the coloured choice", "centres"), ("UMAP (half a minute, once)", "umap")]
     colours = [(name, name) for name in points.said if len(points.values(name)) > 1]
     controls = [
         Control("prompt", "prompt", "text", prompt, hint="empty: a text from nothing"),
@@ -403,5 +424,8 @@ def flow_theatre(
         Control("choice", "colour words by", "choice", "animal" if ("animal", "animal") in colours else colours[0][1], options=colours),
         Control("ghost", "ghost", "choice", "none", options=GHOSTS),
     ]
-    caption = "Play from noise to meaning and watch one word. Where does it turn? Give it a ghost from another seed or guidance: do both end in the same cloud? And read the badge before you believe it."
+    caption = (
+        "Play from noise to meaning and watch one word. Where does it turn? Give it a ghost of other noise or guidance: do both end in the same cloud, "
+        "and which reads its sentence first? Look at the badge before you believe the plane."
+    )
     return View("Flow theatre", caption, controls, theatre.draw)
