@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'PAGE', 'GHOSTS', 'crystallisation', 'renoising', 'flow_theatre']
 
-# %% ../../nbs/14c_writing.ipynb #e8e703b8
+# %% ../../nbs/14c_writing.ipynb #1b730faf
 import html
 import math
 import sys
@@ -28,7 +28,7 @@ from ..screen import Control, Picture, View, add_frames, panels
 from ..viz import INK, OKABE_ITO, QUIET, BlockPath, LatentPlane, PointGroup, TokenPoints, axis_labels, beside, follow
 from ..viz import latent_names, pages, point_groups, settling_times, token_name, trust_statement
 
-# %% ../../nbs/14c_writing.ipynb #d6da8d84
+# %% ../../nbs/14c_writing.ipynb #e148ab69
 COLUMNS = 8  # positions on a page of the grid
 
 
@@ -48,7 +48,7 @@ def _grid(path: BlockPath, steps: Sequence[int], first: int) -> list[dict]:  # o
     across = [x for column in range(1, len(places) + 1) for x in (column - 0.47, column + 0.47, None)]
     return [dict(z=sure, text=words), dict(x=across, y=[y for row in settled for y in (row - 0.5, row - 0.5, None)])]
 
-# %% ../../nbs/14c_writing.ipynb #69eebccc
+# %% ../../nbs/14c_writing.ipynb #0fdc0edb
 def _grid_figure(path: BlockPath) -> go.Figure:
     "Times x positions, page by page."
     last = len(path.times) - 1
@@ -70,7 +70,7 @@ def _grid_figure(path: BlockPath) -> go.Figure:
     pages_of = [[cells, marks, marks] for cells, marks in (_grid(path, steps, first) for first in firsts)]
     return add_frames(figure, pages_of, [0, 1, 2], [f"{i + 1} of {len(firsts)}" for i in range(len(firsts))])
 
-# %% ../../nbs/14c_writing.ipynb #a42b62b0
+# %% ../../nbs/14c_writing.ipynb #b5c52064
 def _order(path: BlockPath, first: int, stop: int) -> str:
     "The words of some positions with the times at which they settled, first to last, as HTML."
     found = [(time, name) for time, name in zip(settling_times(path).tolist(), path.names[-1])][first:stop]
@@ -87,7 +87,7 @@ def _grid_texts(model: ColaDLM, path: BlockPath) -> list[str]:
         made.append(f"<p>{text}</p><p>Settled at t, the first word first: {_order(path, first, stop)}.</p>")
     return made
 
-# %% ../../nbs/14c_writing.ipynb #f6e08793
+# %% ../../nbs/14c_writing.ipynb #995de4ee
 def crystallisation(
     model: ColaDLM,  # in evaluation mode
     prompt: str = "",  # beginning of the text; empty: a text from nothing
@@ -132,7 +132,7 @@ def _written_part(path: BlockPath, prompt: str, end: int) -> BlockPath:
     names = [row[first:stop] for row in path.names]
     return replace(path, tokens=path.tokens[:, first:stop], confidence=path.confidence[:, first:stop], names=names, before=prompt, given=0)
 
-# %% ../../nbs/14c_writing.ipynb #5a79ade8
+# %% ../../nbs/14c_writing.ipynb #7a7d70bb
 def _block_options(model: ColaDLM, ids: Sequence[int]) -> list[tuple[str, int]]:
     "The blocks of a text by number and words."
     size = model.config.tokens_per_block
@@ -152,7 +152,7 @@ def _compared(model: ColaDLM, old: Sequence[int], new: Sequence[int], first: int
     same = sum(a == b for a, b in zip(old[:first], new[:first]))
     return f"<p>{''.join(parts)}</p><p>{told} Before the block {same} of {first} tokens are identical; behind it {len(new) - stop} were not touched.</p>"
 
-# %% ../../nbs/14c_writing.ipynb #49fe429c
+# %% ../../nbs/14c_writing.ipynb #aa1cb836
 def _distance_figure(names: tuple[list[str], list[str]], moved: Tensor, first: int, usual: float, reach: float) -> go.Figure:
     "How far the latents (n,) from position `first` on have moved, with a few that were not asked around them; `names`: old and new words."
     old, new = names
@@ -194,7 +194,7 @@ def _bench(
     said = f"the latents of {count} positions moved by {moved.mean():.2f} on average; different words are {usual:.2f} apart."
     return figure, said, _compared(model, old, new, first * patch, min((first + count) * patch, len(old)))
 
-# %% ../../nbs/14c_writing.ipynb #45a0d5e6
+# %% ../../nbs/14c_writing.ipynb #14099fe7
 def renoising(
     model: ColaDLM,  # in evaluation mode
     text: str,  # to begin with
@@ -222,9 +222,8 @@ def renoising(
         block = min(block, len(options) - 1)  # a shorter text
         new, written = shaken(text, block, t, len(options) - block if behind == "anew" else 1, seed)
         figure, said, below = _bench(model, (old, latents), (new, written), block)
-        said = f"At t = {t:.2f} {said}"
-        alt = f"Bars: distance by position. {said} Block: {options[block][0]}."
-        return Picture(figure, f"<p>{said}</p>{below}", alt=alt, controls=[replace(chosen, value=block, options=options)])
+        alt = f"Bars: distance by position. At t = {t:.2f} {said} Block: {options[block][0]}."
+        return Picture(figure, f"<p>At t = {t:.2f} {said}</p>{below}", alt=alt, controls=[replace(chosen, value=block, options=options)])
 
     chosen = Control("block", "block that is sent back", "choice", block, options=_block_options(model, read(text)[0]))
     controls = [
@@ -240,7 +239,7 @@ def renoising(
     )
     return View("A block goes back to noise", caption, controls, draw, vary="t")
 
-# %% ../../nbs/14c_writing.ipynb #dd6a72e2
+# %% ../../nbs/14c_writing.ipynb #723c410a
 PAGE = 16  # latents on a page of the theatre
 
 
@@ -265,7 +264,7 @@ class _Theatre:
         if len(self.texts) > 12: self.texts.pop(next(iter(self.texts)))
         return made
 
-# %% ../../nbs/14c_writing.ipynb #1c1a4a47
+# %% ../../nbs/14c_writing.ipynb #60827d58
 @patch
 def _plane(self: _Theatre, method: str, named: str) -> tuple[LatentPlane, Tensor]:  # the plane, the points in it (M, 2)
     "A plane of all latents; `named` is the choice whose words it goes through, empty where it goes through none."
@@ -287,7 +286,7 @@ def true_neighbours(self: _Theatre, z: Tensor, flat: Tensor, cloud: Tensor) -> l
     same = [self.points.tokens[a] == self.points.tokens[b] for a, b in zip(*nearest)]
     return torch.tensor(same).reshape(z.shape[:2]).sum(1).tolist()
 
-# %% ../../nbs/14c_writing.ipynb #5d886010
+# %% ../../nbs/14c_writing.ipynb #3cdd35bf
 def _trail(flat: Tensor, step: int) -> dict:
     "The ways of the latents (S + 1, n, 2) as far as a step, the pen lifted between them."
     lifted = torch.cat([flat[: step + 1], torch.full_like(flat[:1], torch.nan)])
@@ -310,7 +309,7 @@ def _moment(path: BlockPath, flat: Tensor, ghost: tuple[BlockPath, Tensor] | Non
         dict(text=words),
     ]
 
-# %% ../../nbs/14c_writing.ipynb #d35a13a0
+# %% ../../nbs/14c_writing.ipynb #65455ff3
 def _stage(plane: LatentPlane, groups: Sequence[PointGroup], places: int) -> go.Figure:  # without what moves
     "The plane with the words behind the page, and room for what the decoder reads."
     figure = panels(["latents in the plane", "what would be read"], [0.64, 0.36], 560)
@@ -335,7 +334,7 @@ def _reach(*parts: Tensor) -> list[list[float]]:  # of the horizontal and the ve
     margin = 0.06 * (high - low) + 1e-6
     return torch.stack([low - margin, high + margin], 1).tolist()
 
-# %% ../../nbs/14c_writing.ipynb #ad75af4e
+# %% ../../nbs/14c_writing.ipynb #0f1f0df9
 @patch
 def figure(
     self: _Theatre, stage: tuple[str, str], choice: str, path: BlockPath, flat: Tensor, ghost: tuple[BlockPath, Tensor] | None
@@ -359,7 +358,7 @@ def figure(
     figure.update_xaxes(range=across, row=1, col=1).update_yaxes(range=up, row=1, col=1)
     return add_frames(figure, moments, [*range(still_there, len(figure.data))], [f"{time:.2f}" for time in path.times.tolist()])
 
-# %% ../../nbs/14c_writing.ipynb #4eebe36d
+# %% ../../nbs/14c_writing.ipynb #88e9d316
 def _badge(plane: LatentPlane, true: int, count: int) -> str:
     "How far the plane can be believed at one time, as HTML."
     size = "small" if 3 * true >= 2 * count else "large" if 3 * true <= count else "moderate"
@@ -375,7 +374,7 @@ def _ghost_key(ghost: str, prompt: str, seed: int, weight: float) -> tuple[str, 
 
 GHOSTS = (("none", "none"), ("the next seed", "seed"), *((f"same noise, guidance {w}", w) for w in ("0", "1", "2", "4")))
 
-# %% ../../nbs/14c_writing.ipynb #70679afe
+# %% ../../nbs/14c_writing.ipynb #209d0012
 @patch
 def draw(self: _Theatre, prompt: str, seed: int, weight: float, page: int, method: str, choice: str, ghost: str) -> Picture:
     "One page of a text under all that can be moved."
@@ -401,7 +400,7 @@ def draw(self: _Theatre, prompt: str, seed: int, weight: float, page: int, metho
     controls = [replace(self.page, value=shown)] if beyond else []
     return Picture(self.figure(stage, choice, path, flat, pair), texts, "flow time t (1: noise, 0: meaning)", 0, alt, controls)
 
-# %% ../../nbs/14c_writing.ipynb #4909da12
+# %% ../../nbs/14c_writing.ipynb #4771b2a5
 def flow_theatre(
     model: ColaDLM,  # writes the texts
     points: TokenPoints,  # words behind them, from `story_points`; the planes are fitted to these, 1000 are plenty
