@@ -61,6 +61,7 @@ FLOORS = {
     "viz": 5,
     "screen": 6,
     "views.field": 7,
+    "views.writing": 7,
     "cli": 8,
     "__init__": 9,
 }
