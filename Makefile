@@ -15,7 +15,7 @@ PYTHONS = $(if $(PYTHON),$(PYTHON),python3.13 python3.12 python3.11 python3)
 SPACE_KB = 3145728
 
 .DEFAULT_GOAL = help
-.PHONY: help lab test walkthrough export clean-notebooks readme docs explore pretrained
+.PHONY: help lab test walkthrough export clean-notebooks readme docs explore pretrained posterior-lab
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,9 @@ docs: $(READY) ## build the web site in _docs from the notebooks; it is read wit
 
 pretrained: $(READY) ## train the shipped checkpoint again by its recipe, into runs/pretrained
 	@"$(BIN)/cola-train" --recipe data/pretrained/run.json --out runs/pretrained
+
+posterior-lab: $(READY) ## train the posterior lab's small models again, into data/views/posterior_lab.json
+	@"$(BIN)/python" -c 'from cola_tutorial.views.latents import write_posterior_lab; write_posterior_lab()'
 
 # The mark is made last, so an interrupted installation is taken up again and a finished one is never repeated.
 $(READY): settings.ini setup.py constraints.txt

@@ -62,6 +62,7 @@ FLOORS = {
     "screen": 6,
     "views.field": 7,
     "views.writing": 7,
+    "views.latents": 7,
     "cli": 8,
     "__init__": 9,
 }
@@ -501,7 +502,7 @@ def test_make_alone_lists_every_verb(clone: Path) -> None:
     (line,) = re.findall(r"^\.PHONY: (.+)$", (clone / "Makefile").read_text(), re.MULTILINE)
     listed = re.findall(r"^make ([a-z-]+) +\S", make(clone).stdout, re.MULTILINE)
     assert listed == line.split()
-    assert {"lab", "test", "walkthrough", "export", "clean-notebooks", "readme", "docs", "explore", "pretrained"} <= {*listed}
+    assert {"lab", "test", "walkthrough", "export", "clean-notebooks", "readme", "docs", "explore", "pretrained", "posterior-lab"} <= {*listed}
 
 
 def test_make_installs_once(clone: Path) -> None:

@@ -246,7 +246,7 @@ const cola = (() => {
       if (kind === "drag") {
         names.forEach((name, i) => {
           const { input, show } = inputs[name].cola;
-          input.value = at[i]; values[name] = Number(input.value); show();
+          input.value = at[i].toFixed(decimals(Number(input.step))); values[name] = Number(input.value); show();
         });
         ask();
       } else if (kind === "paint") {
