@@ -140,10 +140,17 @@ def _slim(value: Any) -> Any:
     if isinstance(value, dict): return {key: _slim(one) for key, one in value.items() if one is not None}
     if isinstance(value, float): return float(f"{value:.5g}")
     if not isinstance(value, list): return value
-    if len(value) >= 12 and all(type(one) in (int, float, type(None)) for one in value):
-        numbers = np.array([np.nan if one is None else one for one in value], dtype=np.float32)
-        return {"dtype": "f4", "bdata": base64.b64encode(numbers.tobytes()).decode("ascii")}
-    return [_slim(one) for one in value]
+    return _packed(value) or [_slim(one) for one in value]
+
+
+def _packed(value: list) -> dict | None:
+    "Numbers in one row, or in rows of one length, as bytes; None for a short list and for anything else."
+    rows = value if value and isinstance(value[0], list) else [value]
+    if any(not isinstance(row, list) or len(row) != len(rows[0]) for row in rows) or len(rows[0]) < 12: return None
+    if not all(type(one) in (int, float, type(None)) for row in rows for one in row): return None
+    numbers = np.array([[np.nan if one is None else one for one in row] for row in rows], dtype=np.float32)
+    shape = {"shape": f"{len(rows)}, {len(rows[0])}"} if rows is value else {}
+    return {"dtype": "f4", "bdata": base64.b64encode(numbers.tobytes()).decode("ascii")} | shape
 
 
 def _plain(figure: go.Figure) -> dict:

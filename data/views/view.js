@@ -127,7 +127,7 @@ const cola = (() => {
       const frames = (picture.figure.frames ?? []).length;
       if (frames !== before) step = picture.start ?? (atEnd ? frames - 1 : 0);
       step = Math.min(Math.max(step, 0), Math.max(frames - 1, 0));
-      for (const control of picture.controls ?? []) if (!(inputs[control.name]?.contains(document.activeElement) && control.kind === "text")) { values[control.name] = control.value; put(control); }
+      for (const control of picture.controls ?? []) if (!(inputs[control.name]?.contains(document.activeElement) && control.kind === "text")) { values[control.name] = control.value; if (control.kind !== "hidden") put(control); }
       steps();
       draw();
     };
