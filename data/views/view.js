@@ -48,6 +48,13 @@ const cola = (() => {
     return () => { watcher.disconnect(); media.removeEventListener("change", act); };
   };
 
+  // A key pressed here is meant for what it is pressed on: a notebook around it would take an arrow as a wish for the next heading.
+  const keepKeys = (element) => {
+    const keep = (event) => { if (element.contains(event.target)) event.target.toggleAttribute("data-lm-suppress-shortcuts", !event.ctrlKey && !event.metaKey); };
+    window.addEventListener("keydown", keep, true);
+    return () => window.removeEventListener("keydown", keep, true);
+  };
+
   // What is drawn: the picture at a step, in the theme's colours, in the room that there is.
   const composed = (picture, step, dark, width) => {
     const frame = (picture.figure.frames ?? [])[step], colours = THEMES[dark ? "dark" : "light"];
@@ -206,7 +213,7 @@ const cola = (() => {
       } while (again);
       drawing = false;
     };
-    undo.push(whenThemeChanges(() => draw()));
+    undo.push(whenThemeChanges(() => draw()), keepKeys(figure));
     let lastWidth = 0;
     const sizes = new ResizeObserver(() => { const width = figure.clientWidth; if (width && Math.abs(width - lastWidth) > 2) { lastWidth = width; draw(); } });
     sizes.observe(figure);
@@ -366,7 +373,7 @@ const cola = (() => {
     host.replaceChildren(frame);
     const shade = () => { frame.dataset.colaTheme = isDark() ? "dark" : "light"; };
     shade();
-    held.undo = whenThemeChanges(shade);
+    held.undo = [whenThemeChanges(shade), keepKeys(form)]; // a view inside keeps its own
     const ask = () => {
       if (opening) { wanted = true; return; } // as in a view: one wish at a time, the last one counts
       if (!seed.checkValidity()) { status.textContent = `seed: ${seed.validationMessage}`; return; }
@@ -390,7 +397,7 @@ const cola = (() => {
     form.addEventListener("submit", (event) => { event.preventDefault(); ask(); });
     looks.addEventListener("change", ask);
     const end = (message) => { status.textContent = message; frame.removeAttribute("aria-busy"); form.querySelectorAll("input, select, button").forEach((one) => { one.disabled = true; }); view?.end(""); };
-    return { ask, answer, end, close: () => { held.undo(); view?.close(); } };
+    return { ask, answer, end, close: () => { held.undo.forEach((act) => act()); view?.close(); } };
   };
   const begin = (host, spec, talk) => (spec.looks ? mountApp : mount)(host, spec, talk);
 
