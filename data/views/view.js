@@ -150,11 +150,15 @@ const cola = (() => {
         if (control.kind === "toggle") return input.checked;
         return control.kind === "text" ? input.value : Number(input.value);
       };
-      if (control.kind === "button") input.addEventListener("click", () => ask(control.name));
-      else input.addEventListener(control.kind === "slider" ? "input" : "change", () => {
+      const moved = () => {
         if (control.kind === "number" && (input.value === "" || !input.checkValidity())) { say(`${control.label}: ${input.validationMessage || "give a number"}`); return; }
+        if (control.kind === "text" && values[control.name] === read()) return; // Enter has told it already
         values[control.name] = read(); show(); ask();
-      });
+      };
+      if (control.kind === "button") input.addEventListener("click", () => ask(control.name));
+      else input.addEventListener(control.kind === "slider" ? "input" : "change", moved);
+      // Not every browser takes Enter as a change where there is no form.
+      if (control.kind === "text") input.addEventListener("keydown", (event) => { if (event.key === "Enter") moved(); });
       show();
       label.cola = { input, show };
       const focused = inputs[control.name]?.contains(document.activeElement);
