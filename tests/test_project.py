@@ -63,6 +63,8 @@ FLOORS = {
     "views.field": 7,
     "views.writing": 7,
     "views.latents": 7,
+    "views.seeing": 7,
+    "views.cockpit": 7,
     "cli": 8,
     "__init__": 9,
 }
