@@ -1145,6 +1145,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'cola_tutorial/views/field.py'),
                                            'cola_tutorial.views.field._read': ('field.html#_read', 'cola_tutorial/views/field.py'),
                                            'cola_tutorial.views.field._rms': ('field.html#_rms', 'cola_tutorial/views/field.py'),
+                                           'cola_tutorial.views.field._steps_of': ('field.html#_steps_of', 'cola_tutorial/views/field.py'),
                                            'cola_tutorial.views.field._trials': ('field.html#_trials', 'cola_tutorial/views/field.py'),
                                            'cola_tutorial.views.field._weight_table': ( 'field.html#_weight_table',
                                                                                         'cola_tutorial/views/field.py'),

@@ -261,7 +261,7 @@ def weighed_texts(
     weights: Sequence[float],  # B
     config: GenerationConfig | None = None,  # None: the model's own settings; read greedily, with the first block clean
     blocks: int = 12,  # to write at most
-) -> WeighedTexts:
+) -> WeighedTexts:  # one text for each weight
     "Write one text under several guidance weights in one batch, and keep both answers of every step; raises `PromptError`."
     config = replace(config or model.generation, temperature=0.0, first_block="clean", repetition_penalty=1.0)
     ids = prompt_tokens(model, [prompt] if prompt else 1, config.max_length)[0]
@@ -384,7 +384,7 @@ def guidance_dissector(
     config: GenerationConfig | None = None,  # None: the model's own settings with 16 steps
     weights: Sequence[float] = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0),  # guidance weights w, each of which writes its text
     blocks: int = 12,  # to write
-) -> View:
+) -> View:  # to play with
     "Conditional, unconditional and combined velocity of a block in the plane that they span, and the text under each weight."
     if model.tokenizer is None: raise ViewError("the model has no tokenizer to read its tokens with: save one with it")
     if len({*weights}) < 2 or len({*weights}) < len(weights): raise ViewError(f"weights are {tuple(weights)}: give at least two, each once")
@@ -419,7 +419,7 @@ class SolverWalk:
 class SolverBench:
     "A text whose blocks are walked anew, each with the text before it as history."
 
-    model: ColaDLM
+    model: ColaDLM  # whose field is walked
     writer: Writer  # remembers, in each row, the text up to a block, and holds the block's noise
     moves: Tensor  # False where the prompt gives a latent, (B, n) bool
     given: int  # tokens at the start of the first block that the prompt gives
@@ -440,7 +440,7 @@ def solver_bench(
     prompt: str,  # beginning of the text; empty: a text from nothing
     seed: int,  # of the text and of the noise
     blocks: int = 8,  # B, at most
-) -> SolverBench:
+) -> SolverBench:  # ready to be walked
     "Write a text in 8 steps with the model's other settings, and make its blocks ready to be walked anew; raises `PromptError`."
     config, per_block = replace(model.generation, steps=8, times=(), temperature=0.0, first_block="clean"), model.config.tokens_per_block
     ids = prompt_tokens(model, [prompt] if prompt else 1, config.max_length)[0]
@@ -505,9 +505,15 @@ def _trials(model: ColaDLM, prompt: str, seed: int, blocks: int) -> _Trials:
     return _Trials(bench, reference, walks, {key: _judged(bench, found, reference) for key, found in walks.items()})
 
 
+def _steps_of(solver: str, count: int) -> str:
+    "How many steps `count` evaluations are, in words."
+    steps = count // _ASKS[solver]
+    return f"{steps} step" if steps == 1 else f"{steps} steps"
+
+# %% ../../nbs/14d_field.ipynb #7ec397fc
 def _bench_figure(found: _Trials, solver: str, count: int, measure: str):
     "Left every solver, right the chosen walk beside the reference."
-    figure = panels(["every solver", f"{solver}, {count // _ASKS[solver]} steps"], [0.55, 0.45], height=430)
+    figure = panels(["every solver", f"{solver}, {_steps_of(solver, count)}"], [0.55, 0.45], height=430)
     for name, (colour, dash, symbol) in _LOOKS.items():
         steps = [str(n // _ASKS[name]) for n in _COUNTS]
         look = {"marker": {"symbol": symbol, "size": 8}, "line": {"color": colour, "dash": dash}, "mode": "lines+markers" + "+text" * (name == solver)}
@@ -516,7 +522,7 @@ def _bench_figure(found: _Trials, solver: str, count: int, measure: str):
     ring = {"symbol": "circle-open", "size": 18, "color": INK, "line": {"width": 2}}
     figure.add_scatter(x=[count], y=[found.scores[solver, count][measure]], mode="markers", marker=ring, showlegend=False, hoverinfo="skip", row=1, col=1)
     moves, walk_, exact = found.bench.moves, found.walks[solver, count], found.reference
-    every = len(exact.times) // (len(walk_.times) - 1)  # the reference was there, too
+    every = (len(exact.times) - 1) // (len(walk_.times) - 1)  # the reference was there, too
     ways = exact.z[:, moves]
     straight = ways[0] + (1 - exact.times)[:, None, None] * (ways[-1] - ways[0])
     bend = {"line": {"color": INK, "dash": "dash"}, "name": "reference: bend"}
@@ -540,7 +546,7 @@ def _bench_picture(found: _Trials, solver: str, count: int, measure: str) -> Pic
     shown = " ".join(html.escape(new) if new == old else f"<mark>{html.escape(new)}</mark>" for new, old in zip(words, exact))
     past = html.escape(bench.model.tokenizer.decode(bench.prompt)) or "(nothing)"
     straight = straightness(found.reference.z[:, bench.moves]).mean()
-    said = f"{solver} with {steps} {'step' if steps == 1 else 'steps'}, {count} evaluations: error {score['error']:.3f}, "
+    said = f"{solver} with {_steps_of(solver, count)}, {count} evaluations: error {score['error']:.3f}, "
     said += f"{score['words']:.0f} of {len(words)} words changed, straightness {score['straight']:.3f} (reference {straight:.3f})."
     rows = [("reference", html.escape(" ".join(exact))), (f"{solver}, {steps}", shown)]
     table = "".join(f"<tr><th scope='row' style='white-space:nowrap'>{name}</th><td>{text}</td></tr>" for name, text in rows)
@@ -552,7 +558,7 @@ def step_bench(
     prompt: str = "Tom lived near the mill with his sister.",  # to begin with; empty: a text from nothing
     seed: int = 4,  # to begin with
     blocks: int = 8,  # of the text
-) -> View:
+) -> View:  # to play with
     "Solvers and numbers of steps against a fine reference: error, words changed, straightness, evaluations."
     if model.tokenizer is None: raise ViewError("the model has no tokenizer to read its tokens with: save one with it")
     tried = lru_cache(8)(lambda prompt, seed: _trials(model, prompt, seed, blocks))
