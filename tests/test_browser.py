@@ -50,14 +50,21 @@ slow = View("Slow", "Move a.", [Control("a", "the number a", "slider", 3, 0, 100
 slow
 """
 COUNT = 'Path("asked.json").write_text(json.dumps(asked))'
-BRIDGE = """
-from cola_tutorial.screen import Control, Picture, View, panels
-def line(a, kind):
-    figure = panels([""], height=300).add_scatter(x=[0, 1], y=[0, a])
-    return Picture(figure.update_xaxes(title_text="x (no unit)").update_yaxes(title_text="y (no unit)"), kind)
-View("A line", "Move a.", [Control("a", "number a", "slider", 3, 0, 9, 1), Control("kind", "kind", "choice", "x", options=[("ex", "x"), ("why", "y")])], line, vary="a")
-"""
-VIEWS = {"A line": BRIDGE}  # title -> code of a cell that shows the view
+# Title -> the cell that shows the view.
+VIEWS = {
+    "Words crystallise": "from cola_tutorial.views.writing import *\ncrystallisation(model, PROMPT)",
+    "A block goes back to noise": "renoising(model, stories[0], block=2)",
+    "Flow theatre": "flow_theatre(model, story_points(model, stories, grammar).thin(600), PROMPT)",
+    "Be the field": "from cola_tutorial.views.field import *\nbe_the_field()",
+    "Guidance, taken apart": "guidance_dissector(model, PROMPT)",
+    "Step bench": "step_bench(model, PROMPT)",
+    "Basins of words": "from cola_tutorial.views.latents import *\nbasin_map(model)",
+    "Noise and schedule": "noise_schedule(model)",
+    "Posterior lab": "posterior_lab()",
+    "Who may see whom": "from cola_tutorial.views.seeing import *\nmask_painter()",
+    "Where the prior looks": "attention_map(model)",
+    "What the cache holds": "cache_view(model, PROMPT)",
+}
 # Said by Jupyter itself: about a picture whose kernel is gone, and about an extension that Notebook does not have.
 NOT_OURS = ("widget model not found", "Failed to load resource: the server responded with a status of 404", "reading 'schema'")
 
