@@ -15,7 +15,7 @@ PYTHONS = $(if $(PYTHON),$(PYTHON),python3.13 python3.12 python3.11 python3)
 SPACE_KB = 3145728
 
 .DEFAULT_GOAL = help
-.PHONY: help lab test walkthrough export clean-notebooks readme docs explore pretrained posterior-lab
+.PHONY: help lab explore test walkthrough export clean-notebooks readme docs pretrained posterior-lab
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
