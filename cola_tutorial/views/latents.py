@@ -92,7 +92,7 @@ class LatentSlice:
 
 def slice_through(
     latents: Tensor,  # three latents, (3, d)
-) -> LatentSlice:  # with the three as corners
+) -> LatentSlice:  # a plane with its own coordinates
     "The plane of three latents; raises `ViewError` where they span none."
     ways = latents[1:] - latents[0]
     across, reach = F.normalize(ways[0], dim=0), max(way.norm() for way in ways)
@@ -169,7 +169,7 @@ class BasinMap:
     told: TextLatents  # the text
     corners: tuple[int, int, int]  # latents through which the plane goes
     place: int  # latent that is moved
-    plane: LatentSlice  # through the three corners
+    plane: LatentSlice  # that is looked at
     side: Tensor  # coordinate of the columns and of the rows, (GRID,)
     tokens: Tensor  # read there, (GRID, GRID, patch_size)
     sure: Tensor  # the decoder's probability of them, (GRID, GRID)
@@ -187,7 +187,7 @@ def read_map(
     corners: Sequence[int],  # three latents of it
     place: int,  # latent that is moved
     reach: float,  # half a side of the map, in latent units
-) -> BasinMap:  # of GRID by GRID latents
+) -> BasinMap:  # a square of readings
     "Read the square around three latents; raises `ViewError` for words that are not there, span no plane or lie beyond the square."
     if bad := [i for i in (*corners, place) if not 0 <= i < len(told.names)]: raise ViewError(f"the text has no word {bad[0] + 1}: it has {len(told.names)}")
     if len({*corners}) < 3: raise ViewError("two of the three words are the same: choose three different ones")
@@ -332,7 +332,7 @@ def basin_map(
     model: ColaDLM,  # in evaluation mode, with a tokenizer
     text: str = "Tom lived near the mill with his sister. One windy evening, he took a slow walk.",  # whose latents are looked at
     words: Sequence[str] = ("Tom", "mill", "sister"),  # three words of the text, A, B and C to begin with; the first of that name is taken
-) -> View:  # its point can be dragged
+) -> View:  # a map to drag a point over
     "A slice of latent space through three words of a text: what is read where, how surely, and how far the posteriors reach."
     told = text_latents(model, text)
     if len(words) != 3: raise ViewError(f"{len(words)} words are given: a plane needs three")
@@ -494,7 +494,7 @@ def noise_schedule(
     model: ColaDLM,  # in evaluation mode, with a tokenizer
     text: str = "Tom lived near the mill with his sister.",  # that is noised
     stories: Sequence[str] | None = None,  # unseen texts for the robustness curve; None: 24 of the story corpus
-) -> View:  # its still goes through the times
+) -> View:  # three panels over the flow time
     "The law of training times, the bridge's signal-to-noise ratio, and what the decoder can still read at a time."
     if stories is None: stories = [Grammar.load().story(0, i, "validation").text for i in range(24)]
     study = _NoiseStudy(model, list(stories))
@@ -681,7 +681,7 @@ def _lab_figure(lab: dict, run: dict) -> go.Figure:
 # %% ../../nbs/14e_latents.ipynb #3de037cb
 def posterior_lab(
     source: str | os.PathLike | None = None,  # JSON file from `write_posterior_lab`; None: the shipped one
-) -> View:  # its still goes through the prices
+) -> View:  # bars for the dimensions, and two curves
     "KL per dimension, reconstruction and collapse, over the weights of the loss and what is held of the posterior."
     lab = read_posterior_lab(source)
 

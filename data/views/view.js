@@ -2,10 +2,10 @@
 // A classic script, since a module cannot be loaded from a file; the notebook's widget appends its own `export default`.
 const cola = (() => {
   "use strict";
-  // Figures name two colours that depend on the theme; everything else keeps its colour. See INK and QUIET in Python.
+  // Colours that would drown in a dark page are exchanged there: INK, QUIET, black, and the darkest blue of OKABE_ITO. The others keep.
   const THEMES = {
     light: { swap: {}, ink: "#1a1a1a", grid: "#e3e3e3", paper: "#ffffff" },
-    dark: { swap: { "#101010": "#f2f2f2", "#C8C8C8": "#565b61" }, ink: "#ececec", grid: "#3a3e43", paper: "#16181b" },
+    dark: { swap: { "#101010": "#f2f2f2", "#000000": "#f2f2f2", "#C8C8C8": "#565b61", "#0072B2": "#3b9bd9" }, ink: "#ececec", grid: "#3a3e43", paper: "#16181b" },
   };
   const NARROW = 560; // pixels: below, panels stand below one another
   const PATIENCE = 20000; // milliseconds without an answer before we say so
@@ -48,6 +48,13 @@ const cola = (() => {
     return () => { watcher.disconnect(); media.removeEventListener("change", act); };
   };
 
+  // A key pressed here is meant for what it is pressed on: a notebook around it would take an arrow as a wish for the next heading.
+  const keepKeys = (element) => {
+    const keep = (event) => { if (element.contains(event.target)) event.target.toggleAttribute("data-lm-suppress-shortcuts", !event.ctrlKey && !event.metaKey); };
+    window.addEventListener("keydown", keep, true);
+    return () => window.removeEventListener("keydown", keep, true);
+  };
+
   // What is drawn: the picture at a step, in the theme's colours, in the room that there is.
   const composed = (picture, step, dark, width) => {
     const frame = (picture.figure.frames ?? [])[step], colours = THEMES[dark ? "dark" : "light"];
@@ -84,7 +91,7 @@ const cola = (() => {
   // sources() gives a promise of the texts that a page of its own needs, null where they cannot be had.
   const mount = (host, spec, talk) => {
     const id = `cola-${++count}-${Math.random().toString(36).slice(2, 8)}`, values = {}, inputs = {}, undo = [];
-    let picture = spec.picture ?? null, step = 0, waiting = false, wanted = false, playing = null, drawing = false, again = false, Plotly = null, patience = null;
+    let picture = spec.picture ?? null, step = picture?.start ?? 0, waiting = false, wanted = false, playing = null, drawing = false, again = false, Plotly = null, patience = null;
 
     const title = make("p", { class: "cola-title", id: `${id}-title` }, spec.title);
     const form = make("div", { class: "cola-controls", role: "group", "aria-label": "Controls" });
@@ -143,11 +150,15 @@ const cola = (() => {
         if (control.kind === "toggle") return input.checked;
         return control.kind === "text" ? input.value : Number(input.value);
       };
-      if (control.kind === "button") input.addEventListener("click", () => ask(control.name));
-      else input.addEventListener(control.kind === "slider" ? "input" : "change", () => {
+      const moved = () => {
         if (control.kind === "number" && (input.value === "" || !input.checkValidity())) { say(`${control.label}: ${input.validationMessage || "give a number"}`); return; }
+        if (control.kind === "text" && values[control.name] === read()) return; // Enter has told it already
         values[control.name] = read(); show(); ask();
-      });
+      };
+      if (control.kind === "button") input.addEventListener("click", () => ask(control.name));
+      else input.addEventListener(control.kind === "slider" ? "input" : "change", moved);
+      // Not every browser takes Enter as a change where there is no form.
+      if (control.kind === "text") input.addEventListener("keydown", (event) => { if (event.key === "Enter") moved(); });
       show();
       label.cola = { input, show };
       const focused = inputs[control.name]?.contains(document.activeElement);
@@ -206,7 +217,7 @@ const cola = (() => {
       } while (again);
       drawing = false;
     };
-    undo.push(whenThemeChanges(() => draw()));
+    undo.push(whenThemeChanges(() => draw()), keepKeys(figure));
     let lastWidth = 0;
     const sizes = new ResizeObserver(() => { const width = figure.clientWidth; if (width && Math.abs(width - lastWidth) > 2) { lastWidth = width; draw(); } });
     sizes.observe(figure);
@@ -366,7 +377,7 @@ const cola = (() => {
     host.replaceChildren(frame);
     const shade = () => { frame.dataset.colaTheme = isDark() ? "dark" : "light"; };
     shade();
-    held.undo = whenThemeChanges(shade);
+    held.undo = [whenThemeChanges(shade), keepKeys(form)]; // a view inside keeps its own
     const ask = () => {
       if (opening) { wanted = true; return; } // as in a view: one wish at a time, the last one counts
       if (!seed.checkValidity()) { status.textContent = `seed: ${seed.validationMessage}`; return; }
@@ -390,7 +401,7 @@ const cola = (() => {
     form.addEventListener("submit", (event) => { event.preventDefault(); ask(); });
     looks.addEventListener("change", ask);
     const end = (message) => { status.textContent = message; frame.removeAttribute("aria-busy"); form.querySelectorAll("input, select, button").forEach((one) => { one.disabled = true; }); view?.end(""); };
-    return { ask, answer, end, close: () => { held.undo(); view?.close(); } };
+    return { ask, answer, end, close: () => { held.undo.forEach((act) => act()); view?.close(); } };
   };
   const begin = (host, spec, talk) => (spec.looks ? mountApp : mount)(host, spec, talk);
 
