@@ -148,6 +148,8 @@ const cola = (() => {
         if (control.kind === "number" && (input.value === "" || !input.checkValidity())) { say(`${control.label}: ${input.validationMessage || "give a number"}`); return; }
         values[control.name] = read(); show(); ask();
       });
+      // Enter means: take it. A notebook around may keep the key from doing so by itself.
+      input.addEventListener("keydown", (event) => { if (event.key === "Enter" && (control.kind === "text" || control.kind === "number")) { input.blur(); input.focus(); } });
       show();
       label.cola = { input, show };
       const focused = inputs[control.name]?.contains(document.activeElement);
