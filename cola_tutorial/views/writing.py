@@ -87,7 +87,7 @@ def _grid_texts(model: ColaDLM, path: BlockPath) -> list[str]:
         made.append(f"<p>{text}</p><p>Settled at t, the first word first: {_order(path, first, stop)}.</p>")
     return made
 
-# %% ../../nbs/14c_writing.ipynb #995de4ee
+# %% ../../nbs/14c_writing.ipynb #900b7e92
 def crystallisation(
     model: ColaDLM,  # in evaluation mode
     prompt: str = "",  # beginning of the text; empty: a text from nothing
@@ -101,7 +101,7 @@ def crystallisation(
     @lru_cache(8)
     def written(prompt: str, seed: int, steps: int, weight: float, ends: bool) -> BlockPath:
         path = beside(follow(model, prompt, seed, replace(base, steps=steps, guidance_scale=weight), ends))
-        return _written_part(path, prompt, model.config.end_id)
+        return _written_part(path, prompt, length, model.config.end_id)
 
     def draw(prompt: str, seed: int, steps: int, weight: float, reading: str) -> Picture:
         path = written(prompt, seed, steps, weight, reading == "end")
@@ -125,9 +125,9 @@ def crystallisation(
     return View("Words crystallise", caption, controls, draw)
 
 
-def _written_part(path: BlockPath, prompt: str, end: int) -> BlockPath:
-    "The positions between the prompt and the end token: what stands behind that belongs to no text."
-    ids, first = path.tokens[-1].tolist(), path.given
+def _written_part(path: BlockPath, prompt: str, length: int, end: int) -> BlockPath:
+    "At most `length` positions behind the prompt, and none behind the end token: what stands there belongs to no text."
+    first, ids = path.given, path.tokens[-1, : path.given + length].tolist()
     stop = ids.index(end) + 1 if end in ids else len(ids)
     names = [row[first:stop] for row in path.names]
     return replace(path, tokens=path.tokens[:, first:stop], confidence=path.confidence[:, first:stop], names=names, before=prompt, given=0)
