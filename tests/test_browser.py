@@ -200,7 +200,9 @@ def everything(desk: Desk, browser: Browser) -> Watched:
     write(desk, "views", SETUP, *VIEWS.values())
     watched = desk.open(browser, "views")
     run_all(watched.page)
-    watched.page.wait_for_function(f"document.querySelectorAll('.cola-view').length === {len(VIEWS)}", timeout=MINUTE)
+    failed = "document.querySelector('[data-mime-type=\"application/vnd.jupyter.error\"]')"
+    watched.page.wait_for_function(f"{failed} || document.querySelectorAll('.cola-view').length === {len(VIEWS)}", timeout=5 * MINUTE)
+    assert not watched.page.evaluate(f"{failed}?.textContent")
     for title in VIEWS: settled(watched.view(title))
     return watched
 

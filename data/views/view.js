@@ -154,17 +154,11 @@ const cola = (() => {
         if (control.kind === "number" && (input.value === "" || !input.checkValidity())) { say(`${control.label}: ${input.validationMessage || "give a number"}`); return; }
         if (control.kind === "text" && values[control.name] === read()) return; // Enter has told it already
         values[control.name] = read(); show(); ask();
-<<<<<<< HEAD
       };
       if (control.kind === "button") input.addEventListener("click", () => ask(control.name));
       else input.addEventListener(control.kind === "slider" ? "input" : "change", moved);
-      // Not every browser takes Enter as a change where there is no form.
-      if (control.kind === "text") input.addEventListener("keydown", (event) => { if (event.key === "Enter") moved(); });
-=======
-      });
-      // Enter means: take it. A notebook around may keep the key from doing so by itself.
-      input.addEventListener("keydown", (event) => { if (event.key === "Enter" && (control.kind === "text" || control.kind === "number")) { input.blur(); input.focus(); } });
->>>>>>> v-writing
+      // Enter means: take it. Neither every browser nor every notebook around lets the key do so by itself.
+      if (control.kind === "text" || control.kind === "number") input.addEventListener("keydown", (event) => { if (event.key === "Enter") moved(); });
       show();
       label.cola = { input, show };
       const focused = inputs[control.name]?.contains(document.activeElement);
