@@ -92,7 +92,8 @@ _FIRST = tuple((0.4 * x, 0.4 * y, 0.6 * x, 0.6 * y) for x, y in Clouds().centres
 def _arrow_lines(places: np.ndarray, ways: np.ndarray, head: float) -> dict:
     "Arrows (A, 2) from places as one line trace with heads of `head` pixels."
     x, y = (np.stack([places[:, i], places[:, i] + ways[:, i], np.full(len(places), np.nan)], 1).reshape(-1) for i in (0, 1))
-    return {"x": x, "y": y, "marker": {"symbol": "arrow", "angleref": "previous", "opacity": 1, "line": {"width": 0}, "size": [0, head, 0] * len(places)}}
+    sizes = [size for long in np.linalg.norm(ways, axis=1) > 0.04 for size in (0, head * long, 0)]  # what stands still points nowhere
+    return {"x": x, "y": y, "marker": {"symbol": "arrow", "angleref": "previous", "opacity": 1, "line": {"width": 0}, "size": sizes}}
 
 
 def _arrow_rows(rows: list) -> Tensor:  # (A, 4)
@@ -514,6 +515,7 @@ def _steps_of(solver: str, count: int) -> str:
 def _bench_figure(found: _Trials, solver: str, count: int, measure: str):
     "Left every solver, right the chosen walk beside the reference."
     figure = panels(["every solver", f"{solver}, {_steps_of(solver, count)}"], [0.55, 0.45], height=430)
+    figure.layout.meta["narrow"]["height"] += 90  # six names take room beneath
     for name, (colour, dash, symbol) in _LOOKS.items():
         steps = [str(n // _ASKS[name]) for n in _COUNTS]
         look = {"marker": {"symbol": symbol, "size": 8}, "line": {"color": colour, "dash": dash}, "mode": "lines+markers" + "+text" * (name == solver)}
