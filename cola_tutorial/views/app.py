@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['App', 'explorer', 'AppServer']
 
-# %% ../../nbs/14h_explorer.ipynb #4ea78f11
+# %% ../../nbs/14h_explorer.ipynb #f5b254d9
 import json
 import re
 import threading
@@ -14,6 +14,7 @@ from functools import cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from fastcore.basics import patch
 from plotly.io.json import to_json_plotly
 
 from ..generation import generate
@@ -26,7 +27,7 @@ from .seeing import attention_map, cache_view
 from .writing import crystallisation, flow_theatre, renoising
 from ..viz import ViewError, story_points
 
-# %% ../../nbs/14h_explorer.ipynb #6b23943c
+# %% ../../nbs/14h_explorer.ipynb #4371a5c5
 class App:
     "Several views of one text. As a cell's last line it shows itself."
 
@@ -61,23 +62,27 @@ class App:
         self.text, self.seed = text, seed
         return self.views[look]
 
-    def answer(self, message: dict) -> dict:  # what to send back
-        "Open a look, or let the one that is open answer."
-        try:
-            if "open" not in message: return self._view(message).answer(message)
-            spec = self.open(message["open"], message.get("text"), message.get("seed")).spec()
-        except ValueError as error: return {"error": str(error)}
-        own = [control for control in spec["controls"] if control["name"] not in self.SHARED]
-        return {"open": message["open"], "spec": spec | {"controls": own}, "error": ""}
-
-    def _view(self, message: dict) -> View:
-        "The view that a message is for."
-        if message.get("look") in self.views: return self.views[message["look"]]
-        raise ViewError("this view belongs to a text that is no longer here: choose it again")
-
     def _ipython_display_(self) -> None: show_screen(self)
 
-# %% ../../nbs/14h_explorer.ipynb #a090af07
+# %% ../../nbs/14h_explorer.ipynb #12c5d023
+@patch
+def answer(self: App, message: dict) -> dict:  # what to send back
+    "Open a look, or let the one that is open answer."
+    try:
+        if "open" not in message: return self._view(message).answer(message)
+        spec = self.open(message["open"], message.get("text"), message.get("seed")).spec()
+    except ValueError as error: return {"error": str(error)}
+    own = [control for control in spec["controls"] if control["name"] not in self.SHARED]
+    return {"open": message["open"], "spec": spec | {"controls": own}, "error": ""}
+
+
+@patch
+def _view(self: App, message: dict) -> View:
+    "The view that a message is for."
+    if message.get("look") in self.views: return self.views[message["look"]]
+    raise ViewError("this view belongs to a text that is no longer here: choose it again")
+
+# %% ../../nbs/14h_explorer.ipynb #aea06729
 def explorer(
     model: ColaDLM,  # with a tokenizer, in evaluation mode
     text: str = "Anna lived near the river with her brother.",  # to begin with
@@ -103,7 +108,7 @@ def explorer(
     caption = "Write a beginning, choose a seed and a view. The model knows the world of the stories; see what it makes of other words."
     return App("The explorer", caption, looks, text, seed)
 
-# %% ../../nbs/14h_explorer.ipynb #3f362d41
+# %% ../../nbs/14h_explorer.ipynb #ee199d68
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>cola_tutorial</title>
 <link rel="icon" href="data:,"><link rel="stylesheet" href="view.css">
@@ -150,7 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *parts) -> None: pass
 
-# %% ../../nbs/14h_explorer.ipynb #4155e954
+# %% ../../nbs/14h_explorer.ipynb #6b112522
 class AppServer(ThreadingHTTPServer):
     "An app as a page on this machine: `serve_forever()` until Ctrl-C."
 
