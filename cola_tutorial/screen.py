@@ -282,7 +282,8 @@ def still_html(
     "A still as a part of a page; raises `ViewError` for a figure that is none."
     layout = dict(figure.get("layout", {}))
     about = layout.get("meta", {}).get("cola")
-    if about is None: raise ViewError("this figure is no still of a view: show figures through View, so that they have a caption and controls")
+    if not {"caption", "height"} <= {*(about or {})}:
+        raise ViewError("this figure is no still of a view: show figures through View, and run the notebook again, so that they have a caption and controls")
     for part in ("title", "sliders", "updatemenus"): layout.pop(part, None)
     layout |= {"height": about["height"], "margin": layout.get("margin", {}) | {"t": about["top"]}}
     picture = {"figure": {"data": figure["data"], "layout": layout, "frames": figure.get("frames", [])}, "controls": []}

@@ -149,7 +149,7 @@ class Desk:
 
     def open(self, browser: Browser, name: str, **options) -> Watched:
         "A notebook in a page of its own."
-        watched = Watched(browser.new_page(viewport={"width": 1100, "height": 1000}, **options))
+        watched = Watched(browser.new_page(viewport={"width": 1100, "height": 1500}, **options))
         place = f"lab/workspaces/{name}/tree" if self.kind == "jupyterlab" else "notebooks"  # a workspace of its own: no other tab comes back
         watched.page.goto(f"{self.address}/{place}/{name}.ipynb")
         watched.page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=MINUTE)
