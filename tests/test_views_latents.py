@@ -350,6 +350,14 @@ def test_a_cell_is_trained_and_written(tmp_path) -> None:
     with pytest.raises(ViewError, match="take one of"): write_posterior_lab(tmp_path / "x.json", tiny_recipe(), [cells[0] | {"posterior": "soft"}])
 
 
+def test_a_cell_trains_with_its_own_settings(tmp_path) -> None:
+    "Another price, or the mask loss, gives another posterior; no price means the recipe's."
+    settings = [(None, 0.0), (lab_recipe().stage1.beta, 0.0), (100.0, 0.0), (None, 0.5)]
+    cells = [{"posterior": "width learned", "beta": beta, "lambda_mask": weight} for beta, weight in settings]
+    kl = [run["kl"] for run in write_posterior_lab(tmp_path / "lab.json", tiny_recipe(), cells, unseen=5)["runs"]]
+    assert kl[0] == kl[1] and kl[2] != kl[0] != kl[3]
+
+
 def test_the_price_of_a_held_posterior_is_a_constant() -> None:
     "The KL of a held width has no gradient; that of a learned one has."
     for log_snr, steep in ((1.5, False), (None, True)):
