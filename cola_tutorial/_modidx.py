@@ -639,6 +639,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'cola_tutorial.screen.View.push': ('screen.html#view.push', 'cola_tutorial/screen.py'),
                                       'cola_tutorial.screen.View.spec': ('screen.html#view.spec', 'cola_tutorial/screen.py'),
                                       'cola_tutorial.screen._asset': ('screen.html#_asset', 'cola_tutorial/screen.py'),
+                                      'cola_tutorial.screen._one_core_for_the_browser': ( 'screen.html#_one_core_for_the_browser',
+                                                                                          'cola_tutorial/screen.py'),
                                       'cola_tutorial.screen._opened': ('screen.html#_opened', 'cola_tutorial/screen.py'),
                                       'cola_tutorial.screen._options': ('screen.html#_options', 'cola_tutorial/screen.py'),
                                       'cola_tutorial.screen._packed': ('screen.html#_packed', 'cola_tutorial/screen.py'),

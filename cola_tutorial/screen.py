@@ -12,7 +12,8 @@ import copy
 import html
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ import anywidget
 import numpy as np
 import plotly
 import plotly.graph_objects as go
+import torch
 import traitlets
 from fastcore.basics import patch
 from IPython import get_ipython
@@ -311,6 +313,15 @@ def _plotly_library() -> bytes:
     return (Path(plotly.__file__).parent / "package_data" / "plotly.min.js").read_bytes()
 
 
+@contextmanager
+def _one_core_for_the_browser() -> Iterator[None]:
+    "Leave one core to what draws: small products whose threads wait for each other on a busy machine take many times as long."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))
+    try: yield
+    finally: torch.set_num_threads(threads)
+
+
 def reply(
     view: Any,  # a `View`, or what answers like one
     message: dict,  # from the browser
@@ -318,7 +329,8 @@ def reply(
 ) -> None:
     "Answer a message, whatever happens: a browser that waits must hear of a fault too, which is then raised."
     answer = {"view": message.get("view"), "error": "This could not be drawn; the reason stands in Python's log."}
-    try: answer |= view.answer(message)
+    try:
+        with _one_core_for_the_browser(): answer |= view.answer(message)
     finally: send(answer)
 
 # %% ../nbs/14b_screen.ipynb #5cfb0063

@@ -262,7 +262,7 @@ def weighed_texts(
     weights: Sequence[float],  # B
     config: GenerationConfig | None = None,  # None: the model's own settings; read greedily, with the first block clean
     blocks: int = 12,  # to write at most
-) -> WeighedTexts:  # one text for each weight  # one text for each weight
+) -> WeighedTexts:  # one text for each weight
     "Write one text under several guidance weights in one batch, and keep both answers of every step; raises `PromptError`."
     config = replace(config or model.generation, temperature=0.0, first_block="clean", repetition_penalty=1.0)
     ids = prompt_tokens(model, [prompt] if prompt else 1, config.max_length)[0]
@@ -385,7 +385,7 @@ def guidance_dissector(
     config: GenerationConfig | None = None,  # None: the model's own settings with 16 steps
     weights: Sequence[float] = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0),  # guidance weights w, each of which writes its text
     blocks: int = 12,  # to write
-) -> View:  # four panels, block by block  # to play with
+) -> View:  # to play with
     "Conditional, unconditional and combined velocity of a block in the plane that they span, and the text under each weight."
     if model.tokenizer is None: raise ViewError("the model has no tokenizer to read its tokens with: save one with it")
     if len({*weights}) < 2 or len({*weights}) < len(weights): raise ViewError(f"weights are {tuple(weights)}: give at least two, each once")
@@ -441,7 +441,7 @@ def solver_bench(
     prompt: str,  # beginning of the text; empty: a text from nothing
     seed: int,  # of the text and of the noise
     blocks: int = 8,  # B, at most
-) -> SolverBench:  # ready to walk  # ready to be walked
+) -> SolverBench:  # ready to be walked
     "Write a text in 8 steps with the model's other settings, and make its blocks ready to be walked anew; raises `PromptError`."
     config, per_block = replace(model.generation, steps=8, times=(), temperature=0.0, first_block="clean"), model.config.tokens_per_block
     ids = prompt_tokens(model, [prompt] if prompt else 1, config.max_length)[0]
@@ -559,8 +559,8 @@ def step_bench(
     model: ColaDLM,  # with tokenizer, in evaluation mode
     prompt: str = "Tom lived near the mill with his sister.",  # to begin with; empty: a text from nothing
     seed: int = 4,  # to begin with
-    blocks: int = 8,  # of the text
-) -> View:  # curves over the number of steps  # to play with
+    blocks: int = 6,  # of the text
+) -> View:  # to play with
     "Solvers and numbers of steps against a fine reference: error, words changed, straightness, evaluations."
     if model.tokenizer is None: raise ViewError("the model has no tokenizer to read its tokens with: save one with it")
     tried = lru_cache(8)(lambda prompt, seed: _trials(model, prompt, seed, blocks))
