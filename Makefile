@@ -4,6 +4,7 @@
 PYTHON ?=
 PORT ?= 8888
 LAB_ARGS ?=
+EXPLORE_ARGS ?=
 PYTEST_ARGS ?=
 NOTEBOOKS ?=
 
@@ -14,7 +15,7 @@ PYTHONS = $(if $(PYTHON),$(PYTHON),python3.13 python3.12 python3.11 python3)
 SPACE_KB = 3145728
 
 .DEFAULT_GOAL = help
-.PHONY: help lab test walkthrough export clean-notebooks readme pretrained
+.PHONY: help lab explore test walkthrough export clean-notebooks readme docs pretrained posterior-lab
 
 help: ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +30,9 @@ lab: $(READY) ## open the lessons in JupyterLab (PORT=8888 LAB_ARGS=--no-browser
 	  --LabApp.default_url=/lab/tree/nbs/index.ipynb \
 	  --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.news_url=None \
 	  $$root $(LAB_ARGS)
+
+explore: $(READY) ## open the explorer in a browser (EXPLORE_ARGS='--no-browser --port=8890')
+	@"$(BIN)/cola-explore" $(EXPLORE_ARGS)
 
 test: $(READY) ## run every test, the notebooks included (PYTEST_ARGS='-k flow')
 	@"$(BIN)/python" -m pytest $(PYTEST_ARGS)
@@ -48,8 +52,14 @@ clean-notebooks: $(READY) ## strip from the notebooks what does not belong in a 
 readme: $(READY) ## write README.md from nbs/index.ipynb
 	@"$(BIN)/python" tests/test_project.py
 
+docs: $(READY) ## build the web site in _docs from the notebooks; it is read without a network
+	@"$(BIN)/python" nbs/_site/site_pages.py _docs
+
 pretrained: $(READY) ## train the shipped checkpoint again by its recipe, into runs/pretrained
 	@"$(BIN)/cola-train" --recipe data/pretrained/run.json --out runs/pretrained
+
+posterior-lab: $(READY) ## train the posterior lab's small models again, into data/views/posterior_lab.json
+	@"$(BIN)/python" -c 'from cola_tutorial.views.latents import write_posterior_lab; write_posterior_lab()'
 
 # The mark is made last, so an interrupted installation is taken up again and a finished one is never repeated.
 $(READY): settings.ini setup.py constraints.txt
@@ -77,5 +87,5 @@ $(READY): settings.ini setup.py constraints.txt
 	echo "Making $(VENV) with $$found."; \
 	"$$found" -m venv --clear "$(VENV)"
 	@echo 'Installing the tested versions into $(VENV): once, a few minutes.'
-	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,test]'
+	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,test,docs]'
 	@touch "$(READY)"

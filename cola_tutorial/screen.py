@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Control', 'Pointer', 'panels', 'Picture', 'add_frames', 'View', 'still', 'still_html', 'page_assets',
-           'reply', 'Screen', 'interactive', 'show']
+           'reply', 'Screen', 'interactive', 'show_screen', 'show']
 
 # %% ../nbs/14b_screen.ipynb #7604fd2e
 import base64
@@ -23,6 +23,7 @@ import numpy as np
 import plotly
 import plotly.graph_objects as go
 import traitlets
+from fastcore.basics import patch
 from IPython import get_ipython
 from IPython.display import display
 from plotly.io.json import to_json_plotly
@@ -198,22 +199,28 @@ class View:
         self.last = picture
         return picture
 
-    def spec(self) -> dict:  # title, caption, controls and pointer, ready for JSON
-        "What the browser must know to show the view; its picture it asks for."
-        controls = [vars(control) | {"value": self.values[name]} for name, control in self.controls.items()]
-        return {"title": self.title, "caption": self.caption, "controls": controls, "pointer": vars(self.pointer) if self.pointer else None}
+# %% ../nbs/14b_screen.ipynb #1dd207c2
+@patch
+def spec(self: View) -> dict:  # title, caption, controls and pointer, ready for JSON
+    "What the browser must know to show the view; its picture it asks for."
+    controls = [vars(control) | {"value": self.values[name]} for name, control in self.controls.items()]
+    return {"title": self.title, "caption": self.caption, "controls": controls, "pointer": vars(self.pointer) if self.pointer else None}
 
-    def answer(self, message: dict) -> dict:  # what to send back
-        "Draw what a message wishes, a button as True where it was pressed; what cannot be drawn is answered with its reason."
-        wish = {name: value for name, value in message.get("values", {}).items() if name in self.controls and self.controls[name].kind != "button"}
-        if message.get("pressed"): wish[message["pressed"]] = True
-        try: return {"picture": _told(self.picture(**wish)), "error": ""}
-        except ValueError as error: return {"error": str(error)}
 
-    def push(self) -> None:
-        "Draw with the values as they are, wherever the view is shown: for what changes by itself."
-        answer = self.answer({})
-        for screen in self.screens: screen.tell(answer)
+@patch
+def answer(self: View, message: dict) -> dict:  # what to send back
+    "Draw what a message wishes, a button as True where it was pressed; what cannot be drawn is answered with its reason."
+    wish = {name: value for name, value in message.get("values", {}).items() if name in self.controls and self.controls[name].kind != "button"}
+    if message.get("pressed"): wish[message["pressed"]] = True
+    try: return {"picture": _told(self.picture(**wish)), "error": ""}
+    except ValueError as error: return {"error": str(error)}
+
+
+@patch
+def push(self: View) -> None:
+    "Draw with the values as they are, wherever the view is shown: for what changes by itself."
+    answer = self.answer({})
+    for screen in self.screens: screen.tell(answer)
 
 # %% ../nbs/14b_screen.ipynb #e8ef99fe
 def _options(control: Control) -> list[tuple[str, Any]]:  # what is shown, value
@@ -313,7 +320,7 @@ def reply(
     try: answer |= view.answer(message)
     finally: send(answer)
 
-
+# %% ../nbs/14b_screen.ipynb #5cfb0063
 class Screen(anywidget.AnyWidget):
     "A view in a notebook's output."
 
@@ -366,17 +373,24 @@ def _opened(screen: Screen) -> None:
     if cell: _open[cell] = run, [*screens, screen]
 
 # %% ../nbs/14b_screen.ipynb #ff208fd7
+def show_screen(
+    view: Any,  # a `View`, or what answers like one
+) -> None:
+    "Put what is live into the cell's output, if there is somebody to touch it."
+    if not interactive(): return
+    screen = Screen(view)
+    _opened(screen)
+    display(screen)
+
+
 def show(
     view: View,  # any
 ) -> None:
-    "Put a view into the cell's output: its picture, and above that, where there is somebody, the live view. A view as a cell's last line does the same."
+    "Put a view into the cell's output: its picture and, where there is somebody, the live view in its place. A view as a cell's last line does the same."
     said = f"{view.title}. {view.caption}"
     picture = _plain(still(view)) | {"config": {"displayModeBar": False, "responsive": True}}
     display({"application/vnd.plotly.v1+json": picture, "text/plain": said}, raw=True)
-    if interactive():
-        screen = Screen(view)
-        _opened(screen)
-        display(screen)
+    show_screen(view)
 
 
 View._ipython_display_ = show

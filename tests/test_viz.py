@@ -1,15 +1,12 @@
-"The first look inside: projections, labels, paths, pictures and what can be touched, with a tiny untrained model."
+"The first look inside: projections, labels, paths and pictures, with a tiny untrained model."
 
-import json
-import os
 import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
-import ipywidgets
 import matplotlib
 import numpy as np
 import pytest
@@ -23,26 +20,23 @@ import matplotlib.pyplot as plt
 
 from cola_tutorial import viz
 from cola_tutorial.config import GenerationConfig, preset
-from cola_tutorial.generation import PromptError, generate
+from cola_tutorial.generation import PromptError, generate, read_prompts
 from cola_tutorial.model import ColaDLM
 from cola_tutorial.text.corpus import train_tokenizer
 from cola_tutorial.text.stories import Grammar
 from cola_tutorial.viz import (
+    KIND,
     BlockPath,
-    Explorer,
     LatentPlane,
     TokenPoints,
     ViewError,
     axis_labels,
     beside,
-    explore,
     follow,
-    interactive,
+    latent_names,
     pages,
-    path_figure,
-    plot_path,
     plot_plane,
-    plot_reading,
+    point_groups,
     settling_times,
     story_points,
     token_name,
@@ -55,7 +49,6 @@ STORIES = [GRAMMAR.story(3, i).text for i in range(20)]
 TOKENIZER = train_tokenizer([GRAMMAR.story(4, i).text for i in range(300)], vocab_size=900)
 SMALL = dict(dim=32, emb_dim=32, num_heads=2, head_dim=16, rope_dim=8, num_layers=1, ffn_dim=64, latent_dim=8)
 CONFIG = GenerationConfig(steps=4, max_new_tokens=12)
-LONG = replace(CONFIG, max_new_tokens=20)
 
 
 def tiny(patch_size: int = 1) -> ColaDLM:
@@ -129,13 +122,30 @@ def test_trust_is_full_for_a_plane_and_half_by_chance() -> None:
         (torch.randn(29, 4), {}, "at least 30"),
         (torch.randn(40, 1), {}, "2 dimensions"),
         (torch.full((40, 4), torch.nan), {}, "NaN"),
-        (torch.randn(40, 4), {"method": "tsne"}, "pca or umap"),
+        (torch.randn(40, 4), {"method": "tsne"}, "pca, centres or umap"),
         (torch.randn(40, 4), {"neighbours": 0}, "1 to 14"),
     ],
 )
 def test_a_plane_that_cannot_be_says_why(latents: torch.Tensor, options: dict, says: str) -> None:
     "The message names what is wrong."
     with pytest.raises(ViewError, match=says): LatentPlane(latents, **options)
+
+
+def test_the_plane_of_word_centres_holds_three_of_them() -> None:
+    "Through three centres: their distances are kept, the axes are orthonormal, the shares those of a plain projection."
+    torch.manual_seed(1)
+    labels = [("a", "b", "c", "")[i % 4] for i in range(120)]
+    rows = torch.randn(120, 6) + 4 * torch.eye(6)[[i % 4 for i in range(120)]]
+    centres = torch.stack([rows[[label == name for label in labels]].mean(0) for name in "abc"])
+    plane = LatentPlane(rows, "centres", labels=labels)
+    torch.testing.assert_close(torch.pdist(plane.project(centres)), torch.pdist(centres), atol=1e-4, rtol=0)
+    basis = torch.linalg.qr((centres[1:] - centres[0]).T).Q  # (6, 2)
+    flat, shadow = plane.project(rows), rows @ basis
+    torch.testing.assert_close(torch.pdist(flat), torch.pdist(shadow), atol=1e-4, rtol=0)
+    assert sum(plane.explained) == pytest.approx(float((shadow.var(0) / rows.var(0).sum()).sum()), abs=1e-5)
+    assert "word centres" in trust_statement(plane) and "word centres" in axis_labels(plane)[0]
+    with pytest.raises(ViewError, match="three words"): LatentPlane(rows, "centres", labels=[label.replace("c", "a") for label in labels])
+    with pytest.raises(ViewError, match="one each"): LatentPlane(rows, "centres", labels=labels[1:])
 
 
 def test_project_refuses_another_width() -> None:
@@ -206,6 +216,20 @@ def test_labels_name_the_words_they_stand_at(choice: str) -> None:
     assert {*POINTS.values(choice)} == {*wanted} - {""}
 
 
+def test_kinds_of_words_are_those_of_the_grammar() -> None:
+    "Looked up in the grammar's own file: choices by their values, details by the local symbols, the rest fixed."
+    wanted = {"Anna": "hidden choice", "kite": "hidden choice", "paint": "hidden choice", "she": "pronoun", "her": "pronoun"}
+    wanted |= {"sunny": "detail", "tiny": "detail", "lived": "fixed word", "the": "fixed word", "a": "fixed word", ".": "punctuation", ",": "punctuation"}
+    seen = set()
+    for token, kind in zip(POINTS.tokens, POINTS.said[KIND]):
+        if token in wanted: assert kind == wanted[token], token
+        seen.add(kind)
+    assert seen == {"hidden choice", "pronoun", "detail", "fixed word", "punctuation"}
+    odd = story_points(MODEL, ["Anna ate wasabi."], GRAMMAR)
+    assert [kind for token, kind in zip(odd.tokens, odd.said[KIND]) if token == "Anna"] == ["hidden choice"]
+    assert "" in odd.said[KIND] and odd.said[KIND][-1] == "punctuation"
+
+
 @pytest.mark.parametrize("patch_size", [1, 2])
 def test_points_are_the_latents_of_each_story_alone(patch_size: int) -> None:
     "Row by row, padded to whole blocks by hand; with patches, both tokens of a patch stand at its latent."
@@ -273,6 +297,34 @@ def test_a_path_ends_in_what_is_generated(patch_size: int, length: int) -> None:
         assert path.names == [[token_name(TOKENIZER, i) for i in row] for row in path.tokens.tolist()]
         assert 0 <= path.confidence.min() and path.confidence.max() <= 1
         known = known + path.tokens[-1].tolist()
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+@pytest.mark.parametrize("length", [0, 3, 9])
+def test_ends_are_where_the_velocity_points(patch_size: int, length: int) -> None:
+    "z - t v of the trace, read by the decoder from the whole text at once, without a memory."
+    model, per_block = (MODEL, 4) if patch_size == 1 else (tiny(2), 8)
+    ids = TOKENIZER.encode(STORIES[1]).ids[:length]
+    found = follow(model, TOKENIZER.decode(ids), 9, CONFIG, ends=True)
+    traces = generate(model, [ids] if ids else 1, CONFIG, seeds=[9], trace=True).traces
+    start = length // per_block * 4
+    before = read_prompts(model, [ids]).latents[:, :start]
+    for path, trace in zip(found, traces, strict=True):
+        ends = torch.stack([z - t * v for z, t, v in zip(trace.z[:-1, 0], trace.times[:-1], trace.velocity[:, 0])] + [trace.z[-1, 0]])
+        torch.testing.assert_close(path.z, ends, atol=1e-5, rtol=0)
+        with torch.no_grad(): logits = model.vae.decode(torch.cat([before.expand(5, -1, -1), ends], 1))[:, -per_block:]
+        assert torch.equal(path.tokens, logits.argmax(-1))
+        torch.testing.assert_close(path.confidence, logits.softmax(-1).amax(-1), atol=1e-5, rtol=0)
+        before = torch.cat([before, trace.z[-1]], 1)
+    assert [path.texts[-1] for path in found] == [path.texts[-1] for path in follow(model, TOKENIZER.decode(ids), 9, CONFIG)]
+
+
+def test_a_path_in_blocks_of_another_size() -> None:
+    "What is known before a block is counted in the blocks that are written."
+    ids = TOKENIZER.encode(STORIES[1]).ids[:5]
+    paths = follow(MODEL, TOKENIZER.decode(ids), 9, replace(CONFIG, block_size=2))
+    assert [path.tokens.shape[1] for path in paths] == [2] * len(paths) and [path.given for path in paths][:2] == [1, 0]
+    assert paths[0].before == TOKENIZER.decode(ids[:4])
 
 
 def test_a_path_begins_in_the_noise_of_its_seed() -> None:
@@ -354,194 +406,21 @@ def test_plane_picture_puts_every_word_where_it_lies() -> None:
     axes.figure.canvas.draw()
 
 
-def test_reading_picture_is_the_table_of_words() -> None:
-    "Each word at its position and step, the last step always, dollar signs and brackets as they are."
-    path = made_path([[1, 2, 3], [4, 5, 6], [7, 8, 9], [7, 5, 9]], given=1)
-    path.names[-1][0], path.names[-1][1] = "$x_", "<b>"
-    axes = plot_reading(path, every=2)
-    shown = {tuple(text.get_position()): text.get_text() for text in axes.texts}
-    assert shown == {(k, row): path.names[step][k] for row, step in enumerate((0, 2, 3)) for k in range(3)}
-    np.testing.assert_allclose(axes.images[0].get_array(), path.confidence[[0, 2, 3]])
-    assert [t.get_text() for t in axes.get_yticklabels()] == ["1.00", "0.33", "0.00"]
-    axes.figure.canvas.draw()
-    with pytest.raises(ViewError, match="every"): plot_reading(path, every=0)
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_latents_are_named_by_what_they_read(patch_size: int) -> None:
+    "All tokens of a patch."
+    path = follow(MODEL if patch_size == 1 else tiny(2), STORIES[0][:40], 5)[0]
+    names = path.names[2]
+    assert latent_names(path, 2) == [" ".join(names[i * patch_size : (i + 1) * patch_size]) for i in range(4)]
 
 
-def test_path_picture_runs_from_noise_to_words(paths: list[BlockPath]) -> None:
-    "One stroke for each latent and step, beginning at the noise and ending at the word."
-    axes, flat = plot_path(PLANE, paths[1], POINTS), PLANE.project(paths[1].z).numpy()
-    strokes = next(c for c in axes.collections if isinstance(c, matplotlib.collections.LineCollection))
-    segments = np.array(strokes.get_segments()).reshape(4, 4, 2, 2)  # latent, step, end, coordinate
-    np.testing.assert_allclose(segments[:, :, 0], flat[:-1].transpose(1, 0, 2), atol=1e-5)
-    np.testing.assert_allclose(segments[:, :, 1], flat[1:].transpose(1, 0, 2), atol=1e-5)
-    assert [(t.get_text(), t.xy) for t in axes.texts] == list(zip(paths[1].names[-1], map(tuple, flat[-1].tolist())))
-    axes.figure.canvas.draw()
-
-
-def test_page_holds_every_step_and_needs_no_network(paths: list[BlockPath], tmp_path: Path) -> None:
-    "A frame for each step with the projected latents, a slider over all, and the drawing library inside."
-    figure, path = path_figure(PLANE, paths[0], POINTS.thin(200), "colour"), paths[0]
-    flat = PLANE.project(path.z).numpy()
-    assert len(figure.frames) == len(figure.layout.sliders[0].steps) == 5
-    for step, frame in enumerate(figure.frames):
-        assert frame.traces == tuple(range(len(figure.data) - 4, len(figure.data)))
-        trail, latents, bars, words = frame.data
-        np.testing.assert_allclose(np.stack([latents.x, latents.y], 1), flat[step], atol=1e-5)
-        assert np.isnan(trail.x).sum() == 4 and len(trail.x) == 4 * (step + 2)
-        np.testing.assert_allclose(bars.x, path.confidence[step])
-        assert list(words.text) == [viz.html.escape(name) for name in path.names[step]]
-    figure.write_html(tmp_path / "page.html", include_plotlyjs=True)
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "Plotly.addFrames" in page and not re.search(r"<script[^>]+src=", page)
-    assert json.dumps(figure.layout.sliders[0].currentvalue.prefix) in page
-
-
-def test_words_cannot_be_markup_in_a_page() -> None:
-    "A token that looks like HTML is shown, not obeyed."
-    path = made_path([[1, 2], [1, 2]])
-    path.names[0][0] = "<b>&"
-    figure = path_figure(PLANE, path, POINTS.thin(200), "colour")
-    assert figure.data[-1].text[0] == figure.data[-3].text[0] == "&lt;b&gt;&amp;"
-
-
-# What can be touched
-
-
-@pytest.fixture
-def explorer() -> Explorer:
-    "An explorer over few points; its texts fill more than one page."
-    made = Explorer(MODEL, POINTS.thin(200), LONG, STORIES[0][:25])
-    yield made
-    made.close()
-
-
-def latents_shown(explorer: Explorer) -> np.ndarray:
-    "Where the figure shows the block's latents, (n, 2)."
-    return np.stack([explorer.figure.data[-3].x, explorer.figure.data[-3].y], 1)
-
-
-def test_slider_moves_the_figure_and_computes_nothing(explorer: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
-    "Dragged over all steps and back, the figure ends at the last value; no text is written, no plane fitted."
-    for name in ("follow", "LatentPlane"): monkeypatch.setattr(viz, name, None)
-    monkeypatch.setattr(LatentPlane, "project", None)
-    figure, path, flat = explorer.figure, explorer.paths[0], explorer.flat["pca"][0]
-    for step in [*range(5), *range(3, -1, -1), 2]:
-        explorer.controls["step"].value = step
-        np.testing.assert_allclose(latents_shown(explorer), flat[step], atol=1e-6)
-        assert list(figure.data[-1].text) == [viz.html.escape(name) for name in path.names[step]]
-        np.testing.assert_allclose(figure.data[-2].x, path.confidence[step])
-        assert f"t = {path.times[step]:.2f}" in explorer.controls["text"].value
-    assert explorer.figure is figure and explorer.widget.children.count(figure) == 1
-
-
-def test_prompt_seed_and_page_change_the_path(explorer: Explorer) -> None:
-    "Each shows what `follow` gives, in the same figure with the same traces."
-    traces = len(explorer.figure.data)
-    explorer.controls["prompt"].value = STORIES[3][:30]
-    explorer.controls["seed"].value = 4
-    wanted = pages(follow(MODEL, STORIES[3][:30], 4, LONG))
-    assert [p.texts for p in explorer.paths] == [p.texts for p in wanted]
-    assert len(wanted) == 2 and wanted[1].z.shape[1] < wanted[0].z.shape[1] == 16, "the last page shall be a short one"
-    explorer.controls["page"].value = 1
-    explorer.controls["step"].value = 3
-    np.testing.assert_allclose(latents_shown(explorer), fitted(explorer).project(wanted[1].z)[3], atol=1e-5)
-    assert viz.html.escape(wanted[1].texts[3]) in explorer.controls["text"].value
-    explorer.controls["prompt"].value = ""
-    assert [p.texts for p in explorer.paths] == [p.texts for p in pages(follow(MODEL, "", 4, LONG))]
-    assert len(explorer.figure.data) == traces
-
-
-def test_a_longer_page_is_shown_whole() -> None:
-    "A first text of few words does not cut the pages of the next."
-    made = Explorer(MODEL, POINTS.thin(200), replace(LONG, max_new_tokens=4))
-    made.config = LONG
-    made.controls["seed"].value = 3
-    count = made.path.tokens.shape[1]
-    assert count == 16 == len(made.figure.data[-2].x) == len(made.figure.data[-2].y) == len(made.figure.data[-1].y)
-    assert tuple(made.figure.layout.yaxis2.range) == (15.5, -0.5)
-    made.close()
-
-
-def fitted(explorer: Explorer) -> LatentPlane:
-    "The plane that an explorer over these points fits."
-    return LatentPlane(explorer.points.latents)
-
-
-def test_colours_follow_the_choice(explorer: Explorer) -> None:
-    "Visible groups are the values of the choice; the rest of the traces is hidden, none is added."
-    for choice in ("animal", "helper", "hero"):
-        explorer.controls["choice"].value = choice
-        shown = [trace.name for trace in explorer.figure.data[:-4] if trace.visible]
-        assert shown == ["other words", *explorer.points.values(choice)]
-        assert sum(len(t.x) for t in explorer.figure.data[:-4] if t.visible) == len(explorer.points.tokens)
-
-
-def test_a_prompt_that_cannot_be_continued_leaves_the_figure(explorer: Explorer) -> None:
-    "The message is shown, escaped; the next good prompt is followed again."
-    before = latents_shown(explorer)
-    explorer.config = replace(LONG, max_length=8)
-    explorer.controls["prompt"].value = "<i>" + STORIES[0]
-    assert "tokens" in explorer.controls["text"].value and "<i>" not in explorer.controls["text"].value
-    np.testing.assert_array_equal(latents_shown(explorer), before)
-    explorer.config = LONG
-    explorer.controls["prompt"].value = STORIES[5][:20]
-    assert explorer.paths[0].texts == pages(follow(MODEL, STORIES[5][:20], 0, LONG))[0].texts
-
-
-def test_umap_on_demand_is_fitted_once(explorer: Explorer, fake_umap: None) -> None:
-    "Going there and back keeps both planes, and the axes say which it is."
-    for method, word in (("umap", "UMAP"), ("pca", "variance"), ("umap", "UMAP")):
-        explorer.controls["method"].value = method
-        assert word in explorer.figure.layout.xaxis.title.text
-    asked = explorer.planes["umap"].projection.calls
-    assert [name for name, _ in asked].count("fit") == 1
-    latents = sum(path.z.shape[1] for path in explorer.paths)
-    assert asked[-1] == ("transform", latents * 5)  # all pages and steps at once
-    np.testing.assert_allclose(latents_shown(explorer), explorer.paths[0].z[0, :, :2], atol=1e-6)
-
-
-def test_controls_say_what_they_are(explorer: Explorer) -> None:
-    "Everything that can be moved has a description, and what computes waits for the end of typing."
-    movable = [one for name, one in explorer.controls.items() if name not in ("text", "note")]
-    assert all(one.description for one in movable)
-    assert not explorer.controls["prompt"].continuous_update and not explorer.controls["seed"].continuous_update
-    assert explorer.controls["step"].max == explorer.controls["play"].max == 4
-
-
-def test_running_a_cell_again_doubles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    "The second run of a cell closes what the first one opened; another cell's stays."
-    cell = SimpleNamespace(get_parent=lambda: {"metadata": {"cellId": cell.name}}, name="first")
-    monkeypatch.setattr(viz, "get_ipython", lambda: cell)
-    monkeypatch.setattr(viz, "_open", {})
-    live = ipywidgets.widgets.widget._instances
-    explore(MODEL, POINTS.thin(100))
-    after_one, old = len(live), viz._open["first"]
-    explore(MODEL, POINTS.thin(100))
-    assert len(live) == after_one and old.figure.comm is None and viz._open["first"] is not old
-    cell.name = "second"
-    explore(MODEL, POINTS.thin(100))
-    assert viz._open["first"].figure.comm is not None and len(viz._open) == 2
-    for one in viz._open.values(): one.close()
-
-
-def test_explore_works_without_a_notebook() -> None:
-    "In plain Python there is no cell to know."
-    before = dict(viz._open)
-    assert isinstance(explore(MODEL, POINTS.thin(100)), ipywidgets.VBox) and viz._open == before
-
-
-@pytest.mark.parametrize(
-    ("environment", "wanted"),
-    [({}, False), ({"JPY_SESSION_NAME": "a.ipynb"}, True), ({"JPY_SESSION_NAME": "a.ipynb", "IN_TEST": "1"}, False)],
-)
-def test_interactive_where_a_reader_sits(
-    environment: dict[str, str], wanted: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    "A notebook server says so; tests and conversions do not."
-    for name in ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG", "IN_TEST"):
-        if name in os.environ: monkeypatch.delenv(name)
-    for name, value in environment.items(): monkeypatch.setenv(name, value)
-    assert interactive() is wanted
+def test_groups_hold_every_point_once() -> None:
+    "The other words first, and no two values look alike."
+    groups = point_groups(PLANE.project(POINTS.latents), POINTS, "animal")
+    assert [group.name for group in groups] == ["other words", *POINTS.values("animal")]
+    assert sum(len(group.where) for group in groups) == len(POINTS.tokens)
+    assert len({(group.colour, group.shape) for group in groups}) == len(groups)
+    with pytest.raises(ViewError, match="planet"): point_groups(PLANE.project(POINTS.latents), POINTS, "planet")
 
 
 def test_points_of_one_choice_only() -> None:

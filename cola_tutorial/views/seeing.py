@@ -440,7 +440,7 @@ def _diary_text(entry: CacheEntry, number: int, layers: int) -> str:  # HTML
         f"<tr><th>held for good at the end of the block</th><td>{entry.held:,} of {entry.room:,} bytes laid out, in {layers} layers</td></tr></table>"
     )
 
-
+# %% ../../nbs/14f_seeing.ipynb #5504c1ca
 def cache_view(
     model: ColaDLM,  # with a tokenizer, in evaluation mode
     prompt: str = "Tom lived near the mill with his sister.",  # to begin with

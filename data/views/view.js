@@ -2,10 +2,10 @@
 // A classic script, since a module cannot be loaded from a file; the notebook's widget appends its own `export default`.
 const cola = (() => {
   "use strict";
-  // Figures name two colours that depend on the theme; everything else keeps its colour. See INK and QUIET in Python.
+  // Colours that would drown in a dark page are exchanged there: INK, QUIET, black, and the darkest blue of OKABE_ITO. The others keep.
   const THEMES = {
     light: { swap: {}, ink: "#1a1a1a", grid: "#e3e3e3", paper: "#ffffff" },
-    dark: { swap: { "#101010": "#f2f2f2", "#C8C8C8": "#565b61" }, ink: "#ececec", grid: "#3a3e43", paper: "#16181b" },
+    dark: { swap: { "#101010": "#f2f2f2", "#000000": "#f2f2f2", "#C8C8C8": "#565b61", "#0072B2": "#3b9bd9" }, ink: "#ececec", grid: "#3a3e43", paper: "#16181b" },
   };
   const NARROW = 560; // pixels: below, panels stand below one another
   const PATIENCE = 20000; // milliseconds without an answer before we say so
@@ -91,7 +91,7 @@ const cola = (() => {
   // sources() gives a promise of the texts that a page of its own needs, null where they cannot be had.
   const mount = (host, spec, talk) => {
     const id = `cola-${++count}-${Math.random().toString(36).slice(2, 8)}`, values = {}, inputs = {}, undo = [];
-    let picture = spec.picture ?? null, step = 0, waiting = false, wanted = false, playing = null, drawing = false, again = false, Plotly = null, patience = null;
+    let picture = spec.picture ?? null, step = picture?.start ?? 0, waiting = false, wanted = false, playing = null, drawing = false, again = false, Plotly = null, patience = null;
 
     const title = make("p", { class: "cola-title", id: `${id}-title` }, spec.title);
     const form = make("div", { class: "cola-controls", role: "group", "aria-label": "Controls" });
@@ -157,8 +157,8 @@ const cola = (() => {
       };
       if (control.kind === "button") input.addEventListener("click", () => ask(control.name));
       else input.addEventListener(control.kind === "slider" ? "input" : "change", moved);
-      // Not every browser takes Enter as a change where there is no form.
-      if (control.kind === "text") input.addEventListener("keydown", (event) => { if (event.key === "Enter") moved(); });
+      // Enter means: take it. Neither every browser nor every notebook around lets the key do so by itself.
+      if (control.kind === "text" || control.kind === "number") input.addEventListener("keydown", (event) => { if (event.key === "Enter") moved(); });
       show();
       label.cola = { input, show };
       const focused = inputs[control.name]?.contains(document.activeElement);
@@ -246,7 +246,7 @@ const cola = (() => {
       if (kind === "drag") {
         names.forEach((name, i) => {
           const { input, show } = inputs[name].cola;
-          input.value = at[i]; values[name] = Number(input.value); show();
+          input.value = at[i].toFixed(decimals(Number(input.step))); values[name] = Number(input.value); show();
         });
         ask();
       } else if (kind === "paint") {
