@@ -1,6 +1,5 @@
-"Seeing a run: logs read, followed through kills and resumptions, drawn live, and compared on one page."
+"Seeing a run: logs read, followed through kills and resumptions, and compared on one page."
 
-import asyncio
 import json
 import math
 import os
@@ -24,7 +23,7 @@ import matplotlib.pyplot as plt
 from cola_tutorial import report
 from cola_tutorial.config import data_dir
 from cola_tutorial.model import ColaDLM
-from cola_tutorial.report import Follower, LiveRun, ReportError, attach, plot_runs, read_metrics, run_names, smoothed, summary, thinned, write_report
+from cola_tutorial.report import Follower, ReportError, plot_runs, read_metrics, run_names, smoothed, summary, thinned, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = data_dir() / "pretrained"
@@ -258,80 +257,31 @@ def test_samples_and_settings_are_followed_too(tmp_path: Path) -> None:
     assert follower.new() == report.News([entry(2)], [sample], False)
 
 
-# The live picture
+# What a picture of a log needs to know
 
 
-def curves(live: LiveRun) -> dict[str, list]:
-    "What its figure shows."
-    return {trace.meta: list(zip(trace.x, trace.y)) for trace in live.figure.data if len(trace.x)}
+def test_news_make_the_history_that_a_whole_file_gives(tmp_path: Path) -> None:
+    "Look by look, through a resumption, and with samples: always what reading the file anew gives."
+    follower, log = Follower(tmp_path), report.RunHistory(tmp_path, {}, [], [], [])
+    sample = {"stage": "stage1", "step": 2, "text": "Tom"}
+    for entries in ([entry(1)], [entry(1), entry(2), entry(3)], [entry(1), entry(2)], [entry(1), entry(2), entry(3), entry(1, "stage2")]):
+        write(write(tmp_path, entries, stage1={"steps": 3}), [sample], "samples.jsonl")
+        log, whole = log.with_news(follower.new(), follower.settings), read_metrics(tmp_path)
+        assert (log.entries, log.samples, log.settings) == (whole.entries, whole.samples, whole.settings)
 
 
-def test_a_live_picture_follows_by_itself(tmp_path: Path) -> None:
-    "Attached before the run began, on the loop that is there: it draws what comes, again after a resumption, and leaves no task."
-    folder = tmp_path / "run"
-
-    async def session() -> None:
-        before = asyncio.all_tasks()
-        live = attach(folder, every=0.05)
-        assert "waiting" in live.line.value and asyncio.all_tasks() - before == {live.task}
-        told = asyncio.Event()
-        live.line.observe(lambda change: told.set(), "value")
-
-        async def seen(*wanted: str) -> None:
-            while not all(word in live.line.value for word in wanted):
-                told.clear()
-                await asyncio.wait_for(told.wait(), 20)
-
-        write(folder, [entry(s) for s in (1, 2, 3)], stage1={"steps": 10}, stage2={"steps": 5})
-        write(folder, [{"stage": "stage1", "step": 2, "text": "a <b> of Tom"}], "samples.jsonl")
-        await seen("step 3 of 10", "stage 1")
-        assert curves(live)["loss"] == [(1, 1.0), (2, 0.5), (3, 1 / 3)] and "a &lt;b&gt; of Tom" in live.sample.value
-        write(folder, [entry(s) for s in (1, 2)])
-        await seen("step 2 of 10")
-        assert curves(live)["loss"] == [(1, 1.0), (2, 0.5)]
-        again = attach(folder, every=0.05)
-        assert live.task is None and live.widget.comm is None and again.task in asyncio.all_tasks()
-        again.button.click()
-        while asyncio.all_tasks() - before: await asyncio.wait(asyncio.all_tasks() - before, timeout=20)
-        assert again.task is None and report._attached == {} and again.widget.comm is not None
-        again.close()
-
-    asyncio.run(session())
+@pytest.mark.parametrize("settings, steps", [({}, None), ({"stage1": 5}, None), ({"stage1": {"steps": 0}}, None), ({"stage1": {"steps": 7}}, 7)])
+def test_planned_steps_are_those_of_the_settings(settings: dict, steps: int | None) -> None:
+    "Unknown where the settings do not say."
+    assert report.planned_steps(settings, "stage1") == steps and report.planned_steps(settings, "stage2") is None
 
 
-def test_a_live_picture_ends_after_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    "Stage 2 done and nothing new: the task ends by itself. Closing the picture ends it too."
-    monkeypatch.setattr(report, "_QUIET", 2)
-    write(tmp_path, [entry(3, "stage1"), entry(5, "stage2", held_out_loss=0.5)], stage1={"steps": 3}, stage2={"steps": 5})
-
-    async def session() -> None:
-        live = attach(tmp_path, every=0.05)
-        await asyncio.wait_for(live.task, 20)
-        assert "last step done" in live.line.value and live.task is None and live.button.disabled
-        assert curves(live)["held_out_loss"] == [(5, 0.5)] and (5, 500.0) in curves(live)["tokens_per_second"]
-        write(tmp_path, [entry(1)])
-        closed = attach(tmp_path, every=0.05)
-        task = closed.task
-        closed.close()
-        with pytest.raises(asyncio.CancelledError): await asyncio.wait_for(task, 20)
-
-    asyncio.run(session())
-
-
-def test_a_live_picture_says_what_it_cannot_read(tmp_path: Path) -> None:
-    "A broken line stands above the figure, and the picture goes on once it is mended."
-    live = LiveRun(write(tmp_path, [entry(1)], end="{]\n"))
-    assert "metrics.jsonl line 2 is broken" in live.line.value and not live.look()
-    write(tmp_path, [entry(1), entry(2)])
-    assert live.look() and len(curves(live)["loss"]) == 2
-    live.close()
-
-
-@pytest.mark.parametrize("every", [0, -1, math.nan])
-def test_attaching_without_a_loop_or_a_pause_is_refused(every: float, tmp_path: Path) -> None:
-    "A script has no loop to use; without a pause it would be a busy loop."
-    with pytest.raises(ReportError, match="Follower"): attach(tmp_path)
-    with pytest.raises(ReportError, match="every is"): LiveRun(tmp_path, every)
+def test_values_have_names_and_axes() -> None:
+    "Words for screens; a logarithmic axis for what changes tenfold and has no scale of its own."
+    assert report.value_label("tokens_per_second") == "tokens per second" and "SNR" in report.value_label("log_snr")
+    assert (report.stage_label("stage2"), report.stage_label("other")) == ("stage 2", "other")
+    told = [report.is_logarithmic(*case) for case in (("loss", [1, 10]), ("loss", [1, 9]), ("loss", [0, 10]), ("loss", []), ("learning_rate", [1, 10]))]
+    assert told == [True, False, False, False, False]
 
 
 # Curves
@@ -488,10 +438,9 @@ def test_a_log_is_read_without_any_plotting_library(tmp_path: Path) -> None:
         "for name in ('plotly', 'ipywidgets', 'matplotlib'): sys.modules[name] = None\n"
         "from cola_tutorial.report import *\n"
         f"read_metrics({str(SHIPPED)!r}); Follower({str(SHIPPED)!r}).new()\n"
-        f"for use in (lambda: write_report([{str(SHIPPED)!r}], 'x.html'), lambda: LiveRun({str(SHIPPED)!r})):\n"
-        "    try: use()\n"
-        "    except ReportError as error: assert 'cola_tutorial[lab]' in str(error)\n"
-        "    else: raise SystemExit('no error')\n"
+        f"try: write_report([{str(SHIPPED)!r}], 'x.html')\n"
+        "except ReportError as error: assert 'cola_tutorial[lab]' in str(error)\n"
+        "else: raise SystemExit('no error')\n"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainingProcess', 'cockpit']
 
-# %% ../../nbs/14g_cockpit.ipynb #78ca638f
+# %% ../../nbs/14g_cockpit.ipynb #d23b26ec
 import asyncio
 import html
 import os
@@ -30,7 +30,7 @@ from ..screen import Control, Picture, View, panels
 from ..text.stories import Grammar
 from ..viz import INK, OKABE_ITO, QUIET, LatentPlane, TokenPoints, ViewError, axis_labels, story_points, token_name, trust_statement
 
-# %% ../../nbs/14g_cockpit.ipynb #390b9ad0
+# %% ../../nbs/14g_cockpit.ipynb #82b0fee1
 class TrainingProcess:
     "A training in a process of its own, which can be paused and resumed; raises `ViewError` for what cannot be done now."
 
@@ -70,7 +70,7 @@ class TrainingProcess:
         self.errors.seek(0)
         return next((line.strip() for line in reversed(self.errors.read().decode(errors="replace").splitlines()) if line.strip()), "")
 
-# %% ../../nbs/14g_cockpit.ipynb #6de170db
+# %% ../../nbs/14g_cockpit.ipynb #b102ba49
 @dataclass
 class _Inside:
     "What a checkpoint makes of held-out texts."
@@ -112,8 +112,9 @@ def _look_inside(folder: Path, texts: Sequence[str], grammar: Grammar, before: _
     if before is not None and before.flat.shape == flat.shape: flat = flat * torch.where((flat * before.flat).sum(0) < 0, -1.0, 1.0)
     return _Inside(folder.name, points, plane, flat, *_back(model, texts))
 
-# %% ../../nbs/14g_cockpit.ipynb #9994f5cc
+# %% ../../nbs/14g_cockpit.ipynb #d18d9e89
 _LOSSES = {"loss": "solid", "reconstruction": "dash", "mask": "dot", "flow_matching": "dashdot", HELD_OUT + "loss": ""}  # name -> dash
+_UNITS = {"tokens_per_second": "tokens a second", "kl": "nats a latent", "reference_kl": "nats a latent"}
 _MOST_POINTS = 500  # of a curve or a cloud that is drawn
 
 
@@ -128,26 +129,27 @@ def _curves(figure: go.Figure, log: RunHistory, stage: str, names: Sequence[str]
         figure.add_scatter(x=steps, y=values, name=value_label(name), showlegend=column == 1 and bool(steps), **look, row=1, col=column)
         drawn += values
     kind = "log" if is_logarithmic(names[0], drawn) else "linear"
-    figure.update_yaxes(type=kind, tickformat="~g", title_text="nats a token" if column == 1 else value_label(names[0]), row=1, col=column)
+    unit = ("loss (nats a token)" if stage == "stage1" else "loss (mean square, no unit)") if column == 1 else _UNITS.get(names[0], "no unit")
+    figure.update_yaxes(type=kind, tickformat="~g", title_text=unit, row=1, col=column)
     figure.update_xaxes(title_text="step", rangemode="tozero", row=1, col=column)
     return drawn
 
 
 def _cloud(figure: go.Figure, inside: _Inside, choice: str, column: int) -> None:
     "Draw latents, coloured by what their words say of a choice."
-    every = max(1, -(-len(inside.flat) // _MOST_POINTS))
-    flat, said, values = inside.flat[::every], np.array(inside.points.said[choice][::every]), inside.points.values(choice)
+    said, values = np.array(inside.points.said[choice]), inside.points.values(choice)
     shapes = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x")
     looks = [("other words", "", QUIET, "circle", 4)] + [(v, v, OKABE_ITO[i % 7], shapes[i % 7], 9) for i, v in enumerate(values)]
     for name, value, colour, shape, size in looks:
-        chosen = flat[torch.from_numpy(said == value)]
+        chosen = inside.flat[torch.from_numpy(said == value)]
+        chosen = chosen[:: max(1, -(-len(chosen) // _MOST_POINTS))]
         marker = {"color": colour, "symbol": shape, "size": size, "line": {"width": 0 if size < 9 else 0.5, "color": INK}}
         figure.add_scatter(x=chosen[:, 0].tolist(), y=chosen[:, 1].tolist(), mode="markers", name=name, marker=marker, row=1, col=column)
     across, up = axis_labels(inside.plane)
     figure.update_xaxes(title_text=across.replace("principal direction", "PCA"), row=1, col=column)
     figure.update_yaxes(title_text=up.replace("principal direction", "PCA"), row=1, col=column)
 
-# %% ../../nbs/14g_cockpit.ipynb #91e917a2
+# %% ../../nbs/14g_cockpit.ipynb #f5d84d89
 _QUIET = 30  # looks without news after the end of a training, before the task ends
 
 
@@ -158,16 +160,17 @@ class _Cockpit:
         self.follower, self.training, self.every, self.texts, self.run = Follower(run), training, every, texts, run
         self.log, self.state, self.inside, self.trouble = RunHistory(run, {}, [], [], []), "", None, ""
         self.view: View | None = None
+        self.news, self.shown = 0, 0  # how often there was some, and how often when the screens were last told
         self.task: asyncio.Task | None = None
 
-    def look(self) -> bool:  # whether there was news
+    def look(self) -> None:
         "Ask the log and the process; raises `ViewError` or `ReportError` for what cannot be read."
         state = self.training.look() if self.training else ""
         changed, self.state = state != self.state, state
         try: news = self.follower.new()
         except OSError as error: raise ViewError(f"{self.run} cannot be read ({error})") from error
         self.log = self.log.with_news(news, self.follower.settings)
-        return bool(changed or news.entries or news.samples or news.rewritten)
+        self.news += bool(changed or news.entries or news.samples or news.rewritten)
 
     def over(self) -> bool:
         "Has the training ended, as far as one can see?"
@@ -180,12 +183,13 @@ class _Cockpit:
         quiet = 0
         while quiet < _QUIET and self.view.screens:
             await asyncio.sleep(self.every)
-            try: news, trouble = self.look(), ""
-            except ValueError as error: news, trouble = False, str(error)
-            if news or trouble != self.trouble: self.view.push()
-            self.trouble, quiet = trouble, 0 if news or not self.over() else quiet + 1
+            try: trouble = self.look() or ""
+            except ValueError as error: trouble = str(error)
+            told = self.news == self.shown and trouble == self.trouble
+            self.shown, self.trouble, quiet = self.news, trouble, quiet + 1 if told and self.over() else 0
+            if not told: self.view.push()
 
-# %% ../../nbs/14g_cockpit.ipynb #3a6d7b63
+# %% ../../nbs/14g_cockpit.ipynb #615317b0
 @patch
 def wake(self: _Cockpit) -> None:
     "Begin to follow, where there is a loop to do it on and somebody to see it."
@@ -216,7 +220,7 @@ def steer(self: _Cockpit, pause: bool, resume: bool, save: bool) -> None:
     if resume: self.training.start()
     else: self.training.pause(again=save)
 
-# %% ../../nbs/14g_cockpit.ipynb #e03ffd5a
+# %% ../../nbs/14g_cockpit.ipynb #bbe2562b
 _STATES = {
     "": "", "waiting": "not started yet", "running": "running", "pausing": "ending this step, then writing a checkpoint",
     "paused": "paused: the newest checkpoint is of the last step", "finished": "finished", "failed": "failed",
@@ -247,7 +251,7 @@ def words(self: _Cockpit, entry: dict | None, inside: _Inside | None, wanted: bo
         parts.append(f"<p>Sample at {where}:</p><pre style='white-space:pre-wrap;margin:4px 0'>{html.escape(sample['text'])}</pre>")
     return "".join(parts)
 
-# %% ../../nbs/14g_cockpit.ipynb #6af9fd1b
+# %% ../../nbs/14g_cockpit.ipynb #d7e718d7
 @patch
 def draw(self: _Cockpit, stage: str, value: str, inside: bool, choice: str = "", pause: bool = False, resume: bool = False, save: bool = False) -> Picture:
     "Everything as it is now."
@@ -273,7 +277,7 @@ def _value_control(names: Sequence[str], value: str) -> Control:
     known = [name for name in names if name not in _LOSSES and not name.startswith(HELD_OUT)] or ["gradient_norm", "learning_rate", "tokens_per_second"]
     return Control("value", "Second curve", "choice", value if value in known else known[0], options=[(value_label(name), name) for name in known])
 
-# %% ../../nbs/14g_cockpit.ipynb #cd0e6493
+# %% ../../nbs/14g_cockpit.ipynb #a4ed125e
 def cockpit(
     run: str | os.PathLike,  # run folder; training need not have begun
     training: TrainingProcess | None = None,  # the process behind it, to pause and resume; None: watch only
@@ -295,6 +299,6 @@ def cockpit(
         controls += [Control("resume", "Start or resume", "button", hint="Gives the same command again")]
         controls += [Control("save", "Checkpoint now", "button", hint="Pauses, and resumes at once: the trainer has no other way")]
     caption = "Do the held-out diamonds follow the line? Does the gradient norm settle? Open the checkpoints and wait for the next: "
-    caption += "when do words that say the same gather, long before or long after they can all be read back?"
+    caption += "do the latents of one word lie together before it can be read back, or only afterwards?"
     pilot.view = View("A training at work", caption, controls, pilot.draw, vary="value")
     return pilot.view
