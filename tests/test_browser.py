@@ -343,6 +343,54 @@ def test_without_a_kernel_there_is_a_picture(everything: Watched, desk: Desk, br
     again.check()
 
 
+TRAINING = """
+import json, sys
+from dataclasses import asdict
+from pathlib import Path
+from cola_tutorial.config import Stage1Config, Stage2Config
+from cola_tutorial.training import RunConfig
+from cola_tutorial.views.cockpit import TrainingProcess, cockpit
+small = dict(dim=32, ffn_dim=64, num_heads=2, encoder_num_blocks=1, decoder_num_blocks=1, emb_dim=32, head_dim=16, rope_dim=12, num_layers=1)
+loop = dict(batch_size=4, log_every=2, save_every=100000, warmup_steps=10)
+run = RunConfig(changes=small, vocab_size=600, stories=100, stage1=Stage1Config(steps=100000, **loop), stage2=Stage2Config(steps=10, **loop))
+Path("recipe.json").write_text(json.dumps(asdict(run)))
+training = TrainingProcess([Path(sys.executable).with_name("cola-train"), "--recipe", "recipe.json", "--out", "run"])
+cockpit("run", training, every=0.3)
+"""
+GONE = "([words, old]) => !words.textContent.includes(old)"
+
+
+def test_a_training_is_paused_and_resumed_from_the_cockpit(desk: Desk, browser: Browser) -> None:
+    "Its lines arrive by themselves; Pause ends the process with a checkpoint; Resume goes on behind it."
+    write(desk, "cockpit", TRAINING)
+    watched = desk.open(browser, "cockpit")
+    run_all(watched.page)
+    view = watched.view("A training at work")
+    view.wait_for(timeout=MINUTE)
+    settled(view)
+    words = view.locator(".cola-text")
+    step = lambda: int(re.search(r"step ([\d,]+)", words.text_content())[1].replace(",", ""))
+    try:
+        view.get_by_role("button", name="Start or resume").press("Enter")
+        words.filter(has_text=re.compile(r"running.*step [\d,]+")).wait_for(timeout=2 * MINUTE)
+        moved = lambda old: watched.page.wait_for_function(GONE, arg=[words.element_handle(), f"step {old:,} "], timeout=2 * MINUTE)
+        before = step()
+        moved(before)
+        view.get_by_role("button", name="Pause").press("Enter")
+        words.filter(has_text="paused").wait_for(timeout=MINUTE)
+        paused = step()
+        assert paused > before and [*(desk.folder / "run" / "stage1").rglob(f"*{paused}*")], sorted((desk.folder / "run").rglob("*"))
+        shot(view, f"{desk.kind} cockpit")
+        view.get_by_role("button", name="Start or resume").press("Enter")
+        words.filter(has_text="running").wait_for(timeout=MINUTE)
+        moved(paused)
+        assert step() > paused
+    finally:
+        view.get_by_role("button", name="Pause").press("Enter")
+        words.filter(has_text="paused").wait_for(timeout=MINUTE)
+    watched.check()
+
+
 # The explorer, as a page of this machine
 
 
