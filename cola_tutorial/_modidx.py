@@ -657,7 +657,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'cola_tutorial.screen.panels': ('screen.html#panels', 'cola_tutorial/screen.py'),
                                       'cola_tutorial.screen.reply': ('screen.html#reply', 'cola_tutorial/screen.py'),
                                       'cola_tutorial.screen.show': ('screen.html#show', 'cola_tutorial/screen.py'),
-                                      'cola_tutorial.screen.show_screen': ('screen.html#show_screen', 'cola_tutorial/screen.py'),
                                       'cola_tutorial.screen.still': ('screen.html#still', 'cola_tutorial/screen.py'),
                                       'cola_tutorial.screen.still_html': ('screen.html#still_html', 'cola_tutorial/screen.py')},
             'cola_tutorial.text.corpus': { 'cola_tutorial.text.corpus.CorpusError': ( 'corpus.html#corpuserror',

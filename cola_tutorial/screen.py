@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Control', 'Pointer', 'panels', 'Picture', 'add_frames', 'View', 'still', 'still_html', 'page_assets',
-           'reply', 'Screen', 'interactive', 'show_screen', 'show']
+           'reply', 'Screen', 'interactive', 'show']
 
 # %% ../nbs/14b_screen.ipynb #7604fd2e
 import base64
@@ -386,24 +386,18 @@ def _opened(screen: Screen) -> None:
     if cell: _open[cell] = run, [*screens, screen]
 
 # %% ../nbs/14b_screen.ipynb #ff208fd7
-def show_screen(
-    view: Any,  # a `View`, or what answers like one
-) -> None:
-    "Put what is live into the cell's output, if there is somebody to touch it."
-    if not interactive(): return
-    screen = Screen(view)
-    _opened(screen)
-    display(screen)
-
-
 def show(
-    view: View,  # any
+    view: View,  # whose picture stays in the notebook
+    live: Any = None,  # what takes its place where there is somebody; None: the view itself
 ) -> None:
-    "Put a view into the cell's output: its picture and, where there is somebody, the live view in its place. A view as a cell's last line does the same."
+    "Put a view into the cell's output: its picture and, where there is somebody, what is live in its place. A view as a cell's last line does the same."
     said = f"{view.title}. {view.caption}"
     picture = _plain(still(view)) | {"config": {"displayModeBar": False, "responsive": True}}
     display({"application/vnd.plotly.v1+json": picture, "text/plain": said}, raw=True)
-    show_screen(view)
+    if not interactive(): return
+    screen = Screen(live or view)
+    _opened(screen)
+    display(screen)
 
 
 View._ipython_display_ = show

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['App', 'explorer', 'AppServer']
 
-# %% ../../nbs/14h_explorer.ipynb #f5b254d9
+# %% ../../nbs/14h_explorer.ipynb #f4587529
 import json
 import re
 import threading
@@ -19,7 +19,7 @@ from plotly.io.json import to_json_plotly
 
 from ..generation import generate
 from ..model import ColaDLM
-from ..screen import Screen, View, page_assets, reply, show_screen
+from ..screen import Screen, View, page_assets, reply, show
 from ..text.stories import Grammar
 from .field import guidance_dissector, step_bench
 from .latents import basin_map, noise_schedule
@@ -27,7 +27,7 @@ from .seeing import attention_map, cache_view
 from .writing import crystallisation, flow_theatre, renoising
 from ..viz import ViewError, story_points
 
-# %% ../../nbs/14h_explorer.ipynb #4371a5c5
+# %% ../../nbs/14h_explorer.ipynb #5a9b38e4
 class App:
     "Several views of one text. As a cell's last line it shows itself."
 
@@ -62,9 +62,9 @@ class App:
         self.text, self.seed = text, seed
         return self.views[look]
 
-    def _ipython_display_(self) -> None: show_screen(self)
+    def _ipython_display_(self) -> None: show(self.open(self.labels[0][0], self.text, self.seed), self)
 
-# %% ../../nbs/14h_explorer.ipynb #12c5d023
+# %% ../../nbs/14h_explorer.ipynb #ec39851a
 @patch
 def answer(self: App, message: dict) -> dict:  # what to send back
     "Open a look, or let the one that is open answer."
@@ -82,7 +82,7 @@ def _view(self: App, message: dict) -> View:
     if message.get("look") in self.views: return self.views[message["look"]]
     raise ViewError("this view belongs to a text that is no longer here: choose it again")
 
-# %% ../../nbs/14h_explorer.ipynb #aea06729
+# %% ../../nbs/14h_explorer.ipynb #154da97f
 def explorer(
     model: ColaDLM,  # with a tokenizer, in evaluation mode
     text: str = "Anna lived near the river with her brother.",  # to begin with
@@ -108,11 +108,11 @@ def explorer(
     caption = "Write a beginning, choose a seed and a view. The model knows the world of the stories; see what it makes of other words."
     return App("The explorer", caption, looks, text, seed)
 
-# %% ../../nbs/14h_explorer.ipynb #ee199d68
+# %% ../../nbs/14h_explorer.ipynb #3598c5e5
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>cola_tutorial</title>
 <link rel="icon" href="data:,"><link rel="stylesheet" href="view.css">
-<style>body {{ margin: 0 auto; padding: 0.5rem; max-width: 60rem; color-scheme: light dark; }}</style></head>
+<style>body {{ margin: 0 auto; padding: 0.5rem; max-width: 60rem; }} :root {{ color-scheme: light dark; }}</style></head>
 <body><main></main><script src="plotly.min.js"></script><script src="view.js"></script>
 <script>cola.serve(document.querySelector("main"), {spec});</script></body></html>"""
 _TYPES = {"css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
@@ -155,7 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *parts) -> None: pass
 
-# %% ../../nbs/14h_explorer.ipynb #6b112522
+# %% ../../nbs/14h_explorer.ipynb #bf39bd13
 class AppServer(ThreadingHTTPServer):
     "An app as a page on this machine: `serve_forever()` until Ctrl-C."
 
