@@ -130,7 +130,8 @@ def _curves(figure: go.Figure, log: RunHistory, stage: str, names: Sequence[str]
         drawn += values
     kind = "log" if is_logarithmic(names[0], drawn) else "linear"
     unit = ("loss (nats a token)" if stage == "stage1" else "loss (mean square, no unit)") if column == 1 else _UNITS.get(names[0], "no unit")
-    figure.update_yaxes(type=kind, tickformat="~g", title_text=unit, row=1, col=column)
+    few = {"dtick": "D2" if max(drawn) < 50 * min(drawn) else 1} if kind == "log" else {}
+    figure.update_yaxes(type=kind, tickformat="~g", title_text=unit, **few, row=1, col=column)
     figure.update_xaxes(title_text="step", rangemode="tozero", row=1, col=column)
     return drawn
 
@@ -139,7 +140,7 @@ def _cloud(figure: go.Figure, inside: _Inside, choice: str, column: int) -> None
     "Draw latents, coloured by what their words say of a choice."
     said, values = np.array(inside.points.said[choice]), inside.points.values(choice)
     shapes = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x")
-    looks = [("other words", "", QUIET, "circle", 4)] + [(v, v, OKABE_ITO[i % 7], shapes[i % 7], 9) for i, v in enumerate(values)]
+    looks = [("other words", "", QUIET, "circle", 4)] + [(v, v, OKABE_ITO[i % 7], shapes[(i + i // 7) % 7], 9) for i, v in enumerate(values)]
     for name, value, colour, shape, size in looks:
         chosen = inside.flat[torch.from_numpy(said == value)]
         chosen = chosen[:: max(1, -(-len(chosen) // _MOST_POINTS))]
@@ -237,7 +238,8 @@ def words(self: _Cockpit, entry: dict | None, inside: _Inside | None, wanted: bo
         steps, log = planned_steps(self.log.settings, entry["stage"]), self.run / "metrics.jsonl"
         told.append(f"{html.escape(stage_label(entry['stage']))}, step {entry['step']:,}" + (f" of {steps:,}" if steps else ""))
         if steps: told[-1] = f"<progress value='{entry['step']}' max='{steps}' aria-label='steps done'></progress> " + told[-1]
-        told += [f"{value_label(name)} {entry[name]:,.4g}" for name in ("loss", "tokens_per_second") if isinstance(entry.get(name), int | float)]
+        numbers = (("loss", ",.4g"), ("tokens_per_second", ",.0f"))
+        told += [f"{value_label(name)} {entry[name]:{digits}}" for name, digits in numbers if isinstance(entry.get(name), int | float)]
         if log.exists(): told.append(f"last line at {time.strftime('%H:%M:%S', time.localtime(log.stat().st_mtime))}")
     parts = [f"<p>{'; '.join(told)}.</p>"]
     if wanted and inside is None: parts.append("<p>There is no checkpoint yet: it is opened when it is there.</p>")
