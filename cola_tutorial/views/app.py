@@ -57,9 +57,12 @@ class App:
         if look not in self.looks: raise ViewError(f"there is no look {look!r}: take one of {', '.join(self.looks)}")
         if not isinstance(text, str): raise ViewError("the text is no text: give a string")
         if type(seed) is not int or not 0 <= seed < 2**32: raise ViewError(f"seed is {seed!r}, but must be a whole number from 0 to {2**32 - 1}")
-        if (text, seed) != (self.text, self.seed): self.views = {}
-        if look not in self.views: self.views[look] = self.looks[look](text, seed)
-        self.text, self.seed = text, seed
+        views = self.views if (text, seed) == (self.text, self.seed) else {}
+        if look not in views:
+            view = self.looks[look](text, seed)
+            view.picture()  # what cannot be drawn changes nothing
+            views[look] = view
+        self.views, self.text, self.seed = views, text, seed
         return self.views[look]
 
     def _ipython_display_(self) -> None: show(self.open(self.labels[0][0], self.text, self.seed), self)
@@ -70,10 +73,11 @@ def answer(self: App, message: dict) -> dict:  # what to send back
     "Open a look, or let the one that is open answer."
     try:
         if "open" not in message: return self._view(message).answer(message)
-        spec = self.open(message["open"], message.get("text"), message.get("seed")).spec()
+        view = self.open(message["open"], message.get("text"), message.get("seed"))
+        drawn, spec = view.answer({}), view.spec()
     except ValueError as error: return {"error": str(error)}
     own = [control for control in spec["controls"] if control["name"] not in self.SHARED]
-    return {"open": message["open"], "spec": spec | {"controls": own}, "error": ""}
+    return drawn if drawn["error"] else {"open": message["open"], "spec": spec | {"controls": own, "picture": drawn["picture"]}, "error": ""}
 
 
 @patch

@@ -393,8 +393,7 @@ const cola = (() => {
       if (message.spec) {
         view?.close();
         open = message.open;
-        view = mount(panel, message.spec, { ...talk, ask: (wish) => talk.ask({ ...wish, look: open }) });
-        view.ask();
+        view = mount(panel, message.spec, { ...talk, ask: (wish) => talk.ask({ ...wish, look: open }) }); // its picture comes with it
       }
       if (wanted) { wanted = false; ask(); }
     };
