@@ -10,7 +10,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -96,7 +96,7 @@ def explorer(
     if model.tokenizer is None: raise ViewError("the model has no tokenizer to read a text with: save one with it")
     grammar = Grammar.load()
     cloud = cache(lambda: story_points(model, [grammar.story(0, i, "validation").text for i in range(40)], grammar).thin(1000))
-    whole = lambda text, seed: text + generate(model, [text] if text else 1, seeds=[seed]).texts[0]
+    whole = lru_cache(4)(lambda text, seed: text + generate(model, [text] if text else 1, seeds=[seed]).texts[0])
     longest = lambda text: sorted({*re.findall(r"\w+", text)}, key=lambda word: (-len(word), text.index(word)))[:3]
     looks = [
         ("crystallisation", "which words settle first", lambda text, seed: crystallisation(model, text, seed)),
@@ -106,7 +106,7 @@ def explorer(
         ("renoising", "a block sent back to noise", lambda text, seed: renoising(model, whole(text, seed))),
         ("basins", "basins of words", lambda text, seed: basin_map(model, text, longest(text))),
         ("noise", "what noise leaves", lambda text, seed: noise_schedule(model, text)),
-        ("attention", "who looks where", lambda text, seed: attention_map(model, text, seed=seed)),
+        ("attention", "who looks where", lambda text, seed: attention_map(model, whole(text, seed), seed=seed)),
         ("cache", "what the memory holds", lambda text, seed: cache_view(model, text, seed=seed)),
     ]
     caption = "Write a beginning, choose a seed and a view. The model knows the world of the stories; see what it makes of other words."
