@@ -277,7 +277,7 @@ def test_the_cache_is_drawn_block_by_block() -> None:
         assert [*frame.data[2].y] == [sum(entry.times) for entry in entries[: i + 1]]
         assert f"<td>{entries[i].needed:,} (" in picture.texts[i] and f"{entries[i].held:,} of {entries[i].room:,} bytes" in picture.texts[i]
     assert len(view.picture(prompt="").figure.layout.xaxis.ticktext) == 12  # a text from nothing
-    with pytest.raises(ValueError, match="no room"): view.picture(prompt=TEXT * 50)
+    with pytest.raises(ValueError, match="no room"): view.picture(prompt=TEXT * 900)
     with pytest.raises(ViewError, match="tokenizer"): cache_view(ColaDLM(MODEL.config))
     assert view.picture(prompt=TEXT).figure.to_json() == picture.figure.to_json()
 
