@@ -57,10 +57,10 @@ class App:
         if look not in self.looks: raise ViewError(f"there is no look {look!r}: take one of {', '.join(self.looks)}")
         if not isinstance(text, str): raise ViewError("the text is no text: give a string")
         if type(seed) is not int or not 0 <= seed < 2**32: raise ViewError(f"seed is {seed!r}, but must be a whole number from 0 to {2**32 - 1}")
-        if (text, seed) != (self.text, self.seed): self.views = {}
-        if look not in self.views: self.views[look] = self.looks[look](text, seed)
-        self.text, self.seed = text, seed
-        return self.views[look]
+        views = self.views if (text, seed) == (self.text, self.seed) else {}
+        if look not in views: views[look] = self.looks[look](text, seed)
+        self.text, self.seed, self.views = text, seed, views
+        return views[look]
 
     def _ipython_display_(self) -> None: show(self.open(self.labels[0][0], self.text, self.seed), self)
 
@@ -73,14 +73,15 @@ def answer(self: App, message: dict) -> dict:  # what to send back
         spec = self.open(message["open"], message.get("text"), message.get("seed")).spec()
     except ValueError as error: return {"error": str(error)}
     own = [control for control in spec["controls"] if control["name"] not in self.SHARED]
-    return {"open": message["open"], "spec": spec | {"controls": own}, "error": ""}
+    return {"open": message["open"], "text": self.text, "seed": self.seed, "spec": spec | {"controls": own}, "error": ""}
 
 
 @patch
 def _view(self: App, message: dict) -> View:
     "The view that a message is for."
-    if message.get("look") in self.views: return self.views[message["look"]]
-    raise ViewError("this view belongs to a text that is no longer here: choose it again")
+    same = (message.get("text"), message.get("seed")) == (self.text, self.seed)
+    if same and message.get("look") in self.views: return self.views[message["look"]]
+    raise ViewError("this view belongs to a text that is no longer here: read that text again")
 
 # %% ../../nbs/14h_explorer.ipynb #154da97f
 def explorer(
@@ -127,13 +128,18 @@ class _Handler(BaseHTTPRequestHandler):
     def send(self, status: HTTPStatus, kind: str, content: bytes) -> None:
         self.send_response(status)
         for name, value in (("Content-Type", kind), ("Content-Length", str(len(content))), ("X-Content-Type-Options", "nosniff")): self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
+        try:
+            self.end_headers()
+            self.wfile.write(content)
+        except ConnectionError: pass  # the page was closed meanwhile: nobody is left to tell
 
     def refuse(self, status: HTTPStatus, reason: str) -> None: self.send(status, "text/plain; charset=utf-8", reason.encode())
 
     def is_ours(self) -> bool:
-        return self.headers.get("Host", "") in {f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")}
+        port = self.server.server_port
+        hosts = {name if port == 80 else f"{name}:{port}" for name in ("127.0.0.1", "localhost")}  # browsers leave 80 out
+        origin = self.headers.get("Origin")  # browsers name the page that asks; other programs need not
+        return self.headers.get("Host", "") in hosts and (origin is None or origin in {f"http://{host}" for host in hosts})
 
     def do_GET(self) -> None:
         name, files = self.path.lstrip("/").split("?")[0], page_assets()
@@ -145,9 +151,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
         if not self.is_ours() or self.headers.get("Content-Type") != "application/json": return self.refuse(HTTPStatus.FORBIDDEN, "only our own page may ask")
-        if not length.isdigit() or int(length) > _MOST_BYTES: return self.refuse(HTTPStatus.BAD_REQUEST, "the message is too long")
+        if not length.isdecimal(): return self.refuse(HTTPStatus.LENGTH_REQUIRED, "the message does not say how long it is")
+        if int(length) > _MOST_BYTES: return self.refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the message is longer than {_MOST_BYTES} bytes")
         try: message = json.loads(self.rfile.read(int(length)))
-        except ValueError: return self.refuse(HTTPStatus.BAD_REQUEST, "the message is no JSON")
+        except (ValueError, RecursionError): return self.refuse(HTTPStatus.BAD_REQUEST, "the message is no JSON")
         if not isinstance(message, dict): return self.refuse(HTTPStatus.BAD_REQUEST, "the message is no object")
         with self.server.one_at_a_time: reply(self.server.app, message, self.tell)
 
