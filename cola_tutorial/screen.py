@@ -107,7 +107,7 @@ def panels(
     if not titles: raise ViewError("a figure has at least one panel: give its title")
     shown = titles if any(titles) else None
     wide = make_subplots(1, len(titles), subplot_titles=shown, column_widths=widths, horizontal_spacing=0.13 if len(titles) > 1 else 0.0)
-    tall = make_subplots(len(titles), 1, subplot_titles=shown, vertical_spacing=0.22 / len(titles))
+    tall = make_subplots(len(titles), 1, subplot_titles=shown, vertical_spacing=0.3 / len(titles))
     narrow = _places(tall) | {"height": int(height * (0.3 + 0.7 * len(titles))), "legend": {"y": -0.3 / len(titles)}, "margin": {"l": 40, "r": 8}}
     margin = {"l": 55, "r": 15, "t": 45 if shown else 15, "b": 50}
     return wide.update_layout(template=_TEMPLATE, height=height, margin=margin, legend={"orientation": "h", "y": -0.2}, meta={"narrow": narrow})

@@ -756,14 +756,16 @@ def test_the_explorer_shows_every_look_of_a_text(explorer: Watched) -> None:
     page.get_by_label("your text").fill("Emma had a brother.")
     page.get_by_label("your text").press("Enter")
     opened(explorer)
-    looks = page.get_by_label("view", exact=True)
-    for look in looks.locator("option").all():
-        name = look.inner_text()
+    looks, titles = page.get_by_role("combobox", name="view", exact=True), set()
+    names = looks.locator("option").all_text_contents()
+    for name in names:
         looks.select_option(label=name)
         view = opened(explorer)
+        titles.add(view.locator(".cola-title").text_content())
         assert not view.locator(".cola-status").inner_text() and not page.locator(".cola-app > .cola-status").inner_text()
         assert not view.get_by_label("prompt", exact=True).count()
         shot(page, f"explorer {name}")
+    assert len(titles) == len(names) >= 9
     explorer.check()
     page.get_by_label("your text").fill("Emma had a brother. " * 60)
     page.get_by_role("button", name="Read it").click()

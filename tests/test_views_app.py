@@ -19,10 +19,11 @@ TEXT, JSON = "a little fox", {"Content-Type": "application/json"}
 
 
 def lengths(text: str, seed: int) -> View:
-    "A look at the lengths of words; refuses a text without one when it is made, and the power 3 when it is drawn."
+    "A look at the lengths of words; refuses no text when it is made, one word and the power 3 when it is drawn."
     if not text: raise ViewError("the text is empty: write something")
 
     def draw(prompt: str, seed: int, power: int) -> Picture:
+        if " " not in prompt: raise ViewError("one word is too little: write more")
         if power == 3: raise ViewError("3 is too much: take less")
         return Picture(panels([""]).add_scatter(y=[len(word) ** power for word in prompt.split()]), f"{prompt}, {seed}, {power}")
 
@@ -60,6 +61,7 @@ def wish(look: str = "lengths", text: str = TEXT, seed: int = 7, **values) -> di
 def test_what_the_app_asks_for_is_not_asked_again(app: App) -> None:
     "Controls for the text and the seed are left out of a look, but have the app's values."
     spec = opened(app, text="one three", seed=5)["spec"]
+    assert spec["picture"]["texts"] == "one three, 5, 1"
     assert [control["name"] for control in spec["controls"]] == ["power"]
     assert app.answer(wish(text="one three", seed=5, power=2))["picture"]["texts"] == "one three, 5, 2"
 
@@ -70,10 +72,10 @@ def test_a_look_is_made_once_for_a_text_and_a_seed(app: App) -> None:
     app.answer(wish(power=2))
     assert app.open("lengths", TEXT, 7) is first and first.values["power"] == 2
     assert app.open("lengths", TEXT, 8) is not first
-    assert app.open("lengths", "another", 8).values == {"prompt": "another", "seed": 8, "power": 1}
+    assert app.open("lengths", "another one", 8).values == {"prompt": "another one", "seed": 8, "power": 1}
 
 
-@pytest.mark.parametrize("other", [{"text": "another"}, {"seed": 8}])
+@pytest.mark.parametrize("other", [{"text": "another one"}, {"seed": 8}])
 def test_a_view_of_another_text_is_not_answered(app: App, other: dict) -> None:
     "With the page open twice, the views of one text do not answer for those of the other."
     opened(app)
@@ -84,10 +86,11 @@ def test_a_view_of_another_text_is_not_answered(app: App, other: dict) -> None:
     assert "picture" in app.answer(wish(**other))
 
 
-def test_a_look_that_cannot_be_made_leaves_the_old_one(app: App) -> None:
+@pytest.mark.parametrize("text, said", [("", "the text is empty: write something"), ("word", "one word is too little: write more")])
+def test_a_look_that_cannot_be_drawn_leaves_the_old_one(app: App, text: str, said: str) -> None:
     "After a text that is refused, the view that is still to be seen still answers."
     opened(app)
-    assert opened(app, text="") == {"error": "the text is empty: write something"}
+    assert opened(app, text=text) == {"error": said}
     assert (app.text, app.seed) == (TEXT, 7)
     assert app.answer(wish(power=2))["picture"]["texts"] == f"{TEXT}, 7, 2"
 
@@ -182,7 +185,7 @@ def test_a_message_is_answered_to_its_view(server: AppServer) -> None:
 @pytest.mark.parametrize("headers", [{"Host": "elsewhere.example"}, {"Host": "127.0.0.1:1"}, {"Origin": "http://elsewhere.example"}, {"Origin": "null"}])
 def test_other_pages_are_refused(server: AppServer, headers: dict) -> None:
     "Neither under a foreign name nor from a foreign page does anybody get an answer, or the page."
-    assert post(server, {"open": "lengths", "text": "x", "seed": 0}, **headers)[0] == 403
+    assert post(server, {"open": "lengths", "text": "x y", "seed": 0}, **headers)[0] == 403
     assert ask(server, "GET", "/", **headers)[0] == 403
     assert server.app.text == TEXT
 
@@ -190,13 +193,13 @@ def test_other_pages_are_refused(server: AppServer, headers: dict) -> None:
 def test_our_own_page_may_ask_under_both_names(server: AppServer) -> None:
     "A browser names the page that asks, by the name in its address."
     for host in (f"127.0.0.1:{server.server_port}", f"localhost:{server.server_port}"):
-        assert post(server, {"open": "lengths", "text": "x", "seed": 0}, Host=host, Origin=f"http://{host}")[0] == 200
+        assert post(server, {"open": "lengths", "text": "x y", "seed": 0}, Host=host, Origin=f"http://{host}")[0] == 200
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
 def test_what_a_foreign_page_could_send_unasked_is_refused(server: AppServer, kind: str) -> None:
     "Forms and plain text go to any address without a question; JSON does not."
-    assert post(server, {"open": "lengths", "text": "x", "seed": 0}, **{"Content-Type": kind})[0] == 403
+    assert post(server, {"open": "lengths", "text": "x y", "seed": 0}, **{"Content-Type": kind})[0] == 403
 
 
 @pytest.mark.parametrize(
@@ -215,19 +218,18 @@ def test_what_is_no_message_is_refused(server: AppServer, message: Any, headers:
     "It says what is wrong, and the server goes on."
     refused, said = post(server, message, **headers)
     assert refused == status and b"the message" in said
-    assert post(server, {"open": "lengths", "text": "x", "seed": 0})[0] == 200
+    assert post(server, {"open": "lengths", "text": "x y", "seed": 0})[0] == 200
 
 
 def test_a_fault_is_answered_and_logged(server: AppServer, capfd: pytest.CaptureFixture) -> None:
     "The page hears of it, the traceback stands in the terminal, and the next message is answered."
     logged = threading.Event()
     server.handle_error = lambda *about: (AppServer.handle_error(server, *about), logged.set())
-    post(server, {"open": "broken", "text": TEXT, "seed": 7})
-    status, content = post(server, wish("broken"))
+    status, content = post(server, {"view": "v", "open": "broken", "text": TEXT, "seed": 7})
     answer = json.loads(content)
     assert status == 200 and answer["view"] == "v" and "Python's log" in answer["error"]
     assert logged.wait(60) and "KeyError: 'lost'" in capfd.readouterr().err
-    assert "spec" in json.loads(post(server, {"open": "lengths", "text": "x", "seed": 0})[1])
+    assert "spec" in json.loads(post(server, {"open": "lengths", "text": "x y", "seed": 0})[1])
 
 
 def test_a_reader_who_leaves_disturbs_nobody(server: AppServer, capfd: pytest.CaptureFixture) -> None:

@@ -10,7 +10,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -58,9 +58,12 @@ class App:
         if not isinstance(text, str): raise ViewError("the text is no text: give a string")
         if type(seed) is not int or not 0 <= seed < 2**32: raise ViewError(f"seed is {seed!r}, but must be a whole number from 0 to {2**32 - 1}")
         views = self.views if (text, seed) == (self.text, self.seed) else {}
-        if look not in views: views[look] = self.looks[look](text, seed)
-        self.text, self.seed, self.views = text, seed, views
-        return views[look]
+        if look not in views:
+            view = self.looks[look](text, seed)
+            view.picture()  # what cannot be drawn changes nothing
+            views[look] = view
+        self.views, self.text, self.seed = views, text, seed
+        return self.views[look]
 
     def _ipython_display_(self) -> None: show(self.open(self.labels[0][0], self.text, self.seed), self)
 
@@ -70,10 +73,12 @@ def answer(self: App, message: dict) -> dict:  # what to send back
     "Open a look, or let the one that is open answer."
     try:
         if "open" not in message: return self._view(message).answer(message)
-        spec = self.open(message["open"], message.get("text"), message.get("seed")).spec()
+        view = self.open(message["open"], message.get("text"), message.get("seed"))
+        drawn, spec = view.answer({}), view.spec()
     except ValueError as error: return {"error": str(error)}
     own = [control for control in spec["controls"] if control["name"] not in self.SHARED]
-    return {"open": message["open"], "text": self.text, "seed": self.seed, "spec": spec | {"controls": own}, "error": ""}
+    if drawn["error"]: return drawn
+    return {"open": message["open"], "text": self.text, "seed": self.seed, "spec": spec | {"controls": own, "picture": drawn["picture"]}, "error": ""}
 
 
 @patch
@@ -93,7 +98,7 @@ def explorer(
     if model.tokenizer is None: raise ViewError("the model has no tokenizer to read a text with: save one with it")
     grammar = Grammar.load()
     cloud = cache(lambda: story_points(model, [grammar.story(0, i, "validation").text for i in range(40)], grammar).thin(1000))
-    whole = lambda text, seed: text + generate(model, [text] if text else 1, seeds=[seed]).texts[0]
+    whole = lru_cache(4)(lambda text, seed: text + generate(model, [text] if text else 1, seeds=[seed]).texts[0])
     longest = lambda text: sorted({*re.findall(r"\w+", text)}, key=lambda word: (-len(word), text.index(word)))[:3]
     looks = [
         ("crystallisation", "which words settle first", lambda text, seed: crystallisation(model, text, seed)),
@@ -103,7 +108,7 @@ def explorer(
         ("renoising", "a block sent back to noise", lambda text, seed: renoising(model, whole(text, seed))),
         ("basins", "basins of words", lambda text, seed: basin_map(model, text, longest(text))),
         ("noise", "what noise leaves", lambda text, seed: noise_schedule(model, text)),
-        ("attention", "who looks where", lambda text, seed: attention_map(model, text, seed=seed)),
+        ("attention", "who looks where", lambda text, seed: attention_map(model, whole(text, seed), seed=seed)),
         ("cache", "what the memory holds", lambda text, seed: cache_view(model, text, seed=seed)),
     ]
     caption = "Write a beginning, choose a seed and a view. The model knows the world of the stories; see what it makes of other words."

@@ -469,8 +469,7 @@ const cola = (() => {
       if (message.spec) {
         view?.close();
         const { open: look, text, seed } = message; // so that no wish reaches the view of another text
-        view = mount(panel, message.spec, { ...talk, ask: (wish) => talk.ask({ ...wish, look, text, seed }) });
-        view.ask();
+        view = mount(panel, message.spec, { ...talk, ask: (wish) => talk.ask({ ...wish, look, text, seed }) }); // its picture comes with it
       }
       if (wanted) { wanted = false; ask(); }
     };
