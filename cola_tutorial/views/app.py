@@ -76,14 +76,16 @@ def answer(self: App, message: dict) -> dict:  # what to send back
         drawn, spec = view.answer({}), view.spec()
     except ValueError as error: return {"error": str(error)}
     own = [control for control in spec["controls"] if control["name"] not in self.SHARED]
-    return drawn if drawn["error"] else {"open": message["open"], "spec": spec | {"controls": own, "picture": drawn["picture"]}, "error": ""}
+    if drawn["error"]: return drawn
+    return {"open": message["open"], "text": self.text, "seed": self.seed, "spec": spec | {"controls": own, "picture": drawn["picture"]}, "error": ""}
 
 
 @patch
 def _view(self: App, message: dict) -> View:
     "The view that a message is for."
-    if message.get("look") in self.views: return self.views[message["look"]]
-    raise ViewError("this view belongs to a text that is no longer here: choose it again")
+    same = (message.get("text"), message.get("seed")) == (self.text, self.seed)
+    if same and message.get("look") in self.views: return self.views[message["look"]]
+    raise ViewError("this view belongs to a text that is no longer here: read that text again")
 
 # %% ../../nbs/14h_explorer.ipynb #154da97f
 def explorer(
@@ -133,13 +135,18 @@ class _Handler(BaseHTTPRequestHandler):
     def send(self, status: HTTPStatus, kind: str, content: bytes) -> None:
         self.send_response(status)
         for name, value in (("Content-Type", kind), ("Content-Length", str(len(content))), ("X-Content-Type-Options", "nosniff")): self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
+        try:
+            self.end_headers()
+            self.wfile.write(content)
+        except ConnectionError: pass  # the page was closed meanwhile: nobody is left to tell
 
     def refuse(self, status: HTTPStatus, reason: str) -> None: self.send(status, "text/plain; charset=utf-8", reason.encode())
 
     def is_ours(self) -> bool:
-        return self.headers.get("Host", "") in {f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")}
+        port = self.server.server_port
+        hosts = {name if port == 80 else f"{name}:{port}" for name in ("127.0.0.1", "localhost")}  # browsers leave 80 out
+        origin = self.headers.get("Origin")  # browsers name the page that asks; other programs need not
+        return self.headers.get("Host", "") in hosts and (origin is None or origin in {f"http://{host}" for host in hosts})
 
     def do_GET(self) -> None:
         name, files = self.path.lstrip("/").split("?")[0], page_assets()
@@ -151,9 +158,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
         if not self.is_ours() or self.headers.get("Content-Type") != "application/json": return self.refuse(HTTPStatus.FORBIDDEN, "only our own page may ask")
-        if not length.isdigit() or int(length) > _MOST_BYTES: return self.refuse(HTTPStatus.BAD_REQUEST, "the message is too long")
+        if not length.isdecimal(): return self.refuse(HTTPStatus.LENGTH_REQUIRED, "the message does not say how long it is")
+        if int(length) > _MOST_BYTES: return self.refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the message is longer than {_MOST_BYTES} bytes")
         try: message = json.loads(self.rfile.read(int(length)))
-        except ValueError: return self.refuse(HTTPStatus.BAD_REQUEST, "the message is no JSON")
+        except (ValueError, RecursionError): return self.refuse(HTTPStatus.BAD_REQUEST, "the message is no JSON")
         if not isinstance(message, dict): return self.refuse(HTTPStatus.BAD_REQUEST, "the message is no object")
         with self.server.one_at_a_time: reply(self.server.app, message, self.tell)
 
