@@ -7,7 +7,6 @@ __all__ = ['App', 'explorer', 'AppServer']
 
 # %% ../../nbs/14h_explorer.ipynb #f4587529
 import json
-import re
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -93,16 +92,15 @@ def explorer(
     grammar = Grammar.load()
     cloud = cache(lambda: story_points(model, [grammar.story(0, i, "validation").text for i in range(40)], grammar).thin(1000))
     whole = lambda text, seed: text + generate(model, [text] if text else 1, seeds=[seed]).texts[0]
-    longest = lambda text: sorted({*re.findall(r"\w+", text)}, key=lambda word: (-len(word), text.index(word)))[:3]
     looks = [
         ("crystallisation", "which words settle first", lambda text, seed: crystallisation(model, text, seed)),
         ("theatre", "latents on their way", lambda text, seed: flow_theatre(model, cloud(), text, seed)),
         ("guidance", "guidance taken apart", lambda text, seed: guidance_dissector(model, text, seed)),
         ("steps", "steps and solvers", lambda text, seed: step_bench(model, text, seed)),
         ("renoising", "a block sent back to noise", lambda text, seed: renoising(model, whole(text, seed))),
-        ("basins", "basins of words", lambda text, seed: basin_map(model, text, longest(text))),
+        ("basins", "basins of words", lambda text, seed: basin_map(model, text, ())),
         ("noise", "what noise leaves", lambda text, seed: noise_schedule(model, text)),
-        ("attention", "who looks where", lambda text, seed: attention_map(model, text, seed=seed)),
+        ("attention", "who looks where", lambda text, seed: attention_map(model, text, position=-1, seed=seed)),
         ("cache", "what the memory holds", lambda text, seed: cache_view(model, text, seed=seed)),
     ]
     caption = "Write a beginning, choose a seed and a view. The model knows the world of the stories; see what it makes of other words."

@@ -57,7 +57,7 @@ def _grid_figure(path: BlockPath) -> go.Figure:
     cells, marks = _grid(path, steps, 0)
     bar = {"title": {"text": "decoder's probability (no unit)", "side": "top"}, "orientation": "h", "thickness": 10, "y": -0.13, "yanchor": "top"}
     heat = go.Heatmap(x=[*range(1, COLUMNS + 1)], colorscale="Cividis", zmin=0, zmax=1, texttemplate="%{text}", textfont={"size": 10}, colorbar=bar,
-                      xgap=1, ygap=1, hovertemplate="%{text}: %{z:.2f}<extra></extra>", **cells)
+                      xgap=1, ygap=1, hovertemplate="%{text}: %{z:.2f}<extra></extra>", meta={"narrow": {"textfont": {"size": 8}}}, **cells)
     figure = panels([""], height=620).add_trace(heat)
     for colour, width in (("#ffffff", 7), (OKABE_ITO[3], 4)):
         figure.add_scatter(mode="lines", line={"color": colour, "width": width}, name="settled from here on", showlegend=width < 7, hoverinfo="skip", **marks)

@@ -62,7 +62,10 @@ const cola = (() => {
     let layout = picture.figure.layout;
     (frame?.data ?? []).forEach((trace, i) => { const place = frame.traces?.[i] ?? i; data[place] = merge(data[place], trace); });
     if (frame?.layout) layout = merge(layout, frame.layout);
-    if (width < NARROW) layout = merge(layout, layout.meta?.narrow ?? {});
+    if (width < NARROW) {
+      layout = merge(layout, layout.meta?.narrow ?? {});
+      data.forEach((trace, i) => { data[i] = merge(trace, trace.meta?.narrow ?? {}); });
+    }
     const plain = { paper_bgcolor: colours.paper, plot_bgcolor: colours.paper, autosize: true, width: undefined, font: { color: colours.ink }, uirevision: "kept" };
     layout = merge(layout, plain);
     for (const name of Object.keys(layout).filter((key) => /^[xy]axis\d*$/.test(key)))
@@ -91,7 +94,7 @@ const cola = (() => {
   // sources() gives a promise of the texts that a page of its own needs, null where they cannot be had.
   const mount = (host, spec, talk) => {
     const id = `cola-${++count}-${Math.random().toString(36).slice(2, 8)}`, values = {}, inputs = {}, undo = [];
-    let picture = spec.picture ?? null, step = picture?.start ?? 0, waiting = false, wanted = false, playing = null, drawing = false, again = false, Plotly = null, patience = null;
+    let picture = spec.picture ?? null, step = picture?.start ?? 0, waiting = false, wanted = false, playing = null, drawing = false, again = false, Plotly = null, patience = null, held = "";
 
     const title = make("p", { class: "cola-title", id: `${id}-title` }, spec.title);
     const form = make("div", { class: "cola-controls", role: "group", "aria-label": "Controls" });
@@ -208,6 +211,10 @@ const cola = (() => {
         if (!width) break; // hidden: the observer below draws when it is shown
         figure.dataset.colaTheme = dark ? "dark" : "light";
         const { data, layout } = composed(picture, step, dark, width);
+        // An axis whose domain gives way to keep its scale would hold on to its first range: with another one, begin anew.
+        const ranges = JSON.stringify(Object.values(layout).filter((axis) => axis?.constrain === "domain").map((axis) => axis.range));
+        if (ranges !== held) Plotly.purge(plot);
+        held = ranges;
         await Plotly.react(plot, data, layout, CONFIG);
         const words = Array.isArray(picture.texts) ? picture.texts[Math.min(step, picture.texts.length - 1)] ?? "" : picture.texts ?? "";
         if (text.dataset.shown !== words) { text.innerHTML = words; text.dataset.shown = words; }
@@ -390,8 +397,10 @@ const cola = (() => {
       opening = false;
       frame.removeAttribute("aria-busy");
       status.textContent = message.error ?? "";
+      view?.close(); // it belongs to another text or look
+      view = null;
+      panel.replaceChildren();
       if (message.spec) {
-        view?.close();
         open = message.open;
         view = mount(panel, message.spec, { ...talk, ask: (wish) => talk.ask({ ...wish, look: open }) });
         view.ask();
