@@ -276,7 +276,7 @@ def test_the_cache_is_drawn_block_by_block() -> None:
         assert rows == [entry.times for entry in entries[: i + 1]] + [[]] * (2 - i)
         assert [*frame.data[2].y] == [sum(entry.times) for entry in entries[: i + 1]]
         assert f"<td>{entries[i].needed:,} (" in picture.texts[i] and f"{entries[i].held:,} of {entries[i].room:,} bytes" in picture.texts[i]
-    with pytest.raises(ValueError, match="empty"): view.picture(prompt="")
+    with pytest.raises(ValueError, match="no text"): view.picture(prompt="")
     with pytest.raises(ViewError, match="tokenizer"): cache_view(ColaDLM(MODEL.config))
     assert view.picture(prompt=TEXT).figure.to_json() == picture.figure.to_json()
 
