@@ -107,7 +107,7 @@ def panels(
     if not titles: raise ViewError("a figure has at least one panel: give its title")
     shown = titles if any(titles) else None
     wide = make_subplots(1, len(titles), subplot_titles=shown, column_widths=widths, horizontal_spacing=0.13 if len(titles) > 1 else 0.0)
-    tall = make_subplots(len(titles), 1, subplot_titles=shown, vertical_spacing=0.3 / len(titles))
+    tall = make_subplots(len(titles), 1, subplot_titles=shown, vertical_spacing=0.26 / len(titles))
     narrow = _places(tall) | {"height": int(height * (0.3 + 0.7 * len(titles))), "legend": {"y": -0.3 / len(titles)}, "margin": {"l": 40, "r": 8}}
     margin = {"l": 55, "r": 15, "t": 45 if shown else 15, "b": 50}
     return wide.update_layout(template=_TEMPLATE, height=height, margin=margin, legend={"orientation": "h", "y": -0.2}, meta={"narrow": narrow})
@@ -225,27 +225,31 @@ def push(self: View) -> None:
     for screen in self.screens: screen.tell(answer)
 
 # %% ../nbs/14b_screen.ipynb #e8ef99fe
-def _options(control: Control) -> list[tuple[str, Any]]:  # what is shown, value
-    "The values of a control that a still goes through, at most thirteen of a slider's."
+def _options(control: Control, kept: Any) -> list[tuple[str, Any]]:  # what is shown, value
+    "The values of a control that a still goes through: of a slider's at most thirteen, and the one that it has."
     if control.kind == "choice": return [*control.options]
     if control.kind not in ("slider", "number"): raise ViewError(f"a still cannot go through {control.name!r}: take a choice, a slider or a number")
     count = round((control.high - control.low) / control.step)
-    values = (control.low + control.step * i for i in sorted({*range(0, count + 1, -(-count // 12)), count}))
-    return [(f"{value:g}", control.read(min(value, control.high))) for value in values]
+    values = [min(control.low + control.step * i, control.high) for i in sorted({*range(0, count + 1, -(-count // 12)), count})]
+    others = [value for value in values if abs(value - kept) > 1e-6 * control.step]
+    return [(f"{value:g}", control.read(value)) for value in sorted([*others, kept])]
 
 
 def _varied(view: View) -> tuple[list[go.Frame], list[str], int]:  # frames, their texts, the one to begin with
     "The frames that one control makes, relative to the picture as it is."
-    kept, options = view.values[view.vary], _options(view.controls[view.vary])
+    kept = view.values[view.vary]
+    options = _options(view.controls[view.vary], kept)
     pictures = [view.picture(**{view.vary: value}) for _, value in options]
-    first, frames = view.picture(**{view.vary: kept}).figure, []
+    first = view.picture(**{view.vary: kept}).figure
     differ = lambda old, new: to_json_plotly(old) != to_json_plotly(new)
-    for (name, _), picture in zip(options, pictures):
-        changed = [i for i, (old, new) in enumerate(zip(first.data, picture.figure.data)) if differ(old, new)]
-        layout = picture.figure.layout if differ(first.layout, picture.figure.layout) else None
-        frames.append(go.Frame(data=[picture.figure.data[i] for i in changed], traces=changed, name=name, layout=layout))
-    distance = lambda value: abs(value - kept) if view.controls[view.vary].kind != "choice" else value != kept
-    return frames, [picture.texts for picture in pictures], min(range(len(options)), key=lambda i: distance(options[i][1]))
+    # What changes in one frame stands in all: a player that goes from frame to frame must find the way back.
+    changed = [i for i, old in enumerate(first.data) if any(differ(old, picture.figure.data[i]) for picture in pictures)]
+    moved = any(differ(first.layout, picture.figure.layout) for picture in pictures)
+    frames = [
+        go.Frame(data=[one.figure.data[i] for i in changed], traces=changed, name=name, layout=one.figure.layout if moved else None)
+        for (name, _), one in zip(options, pictures)
+    ]
+    return frames, [picture.texts for picture in pictures], [value for _, value in options].index(kept)
 
 
 def _player(frames: Sequence[go.Frame], label: str, start: int) -> dict:

@@ -222,6 +222,8 @@ def test_words_that_are_not_there() -> None:
     "The first three words must stand in the text."
     with pytest.raises(ViewError, match="'dragon'"): basin_map(MODEL, TEXT, ("Tom", "mill", "dragon"))
     with pytest.raises(ViewError, match="needs three"): basin_map(MODEL, TEXT, ("Tom", "mill"))
+    longest = [TOLD.names[basin_map(MODEL, TEXT, ()).values[corner]] for corner in "abc"]
+    assert sorted(map(len, longest)) == sorted(map(len, TOLD.names))[-3:]
     with pytest.raises(ViewError, match="no word 99"): read_map(MODEL, TOLD, (0, 1, 98), 0, REACH)
     with pytest.raises(ViewError, match="too far apart"): read_map(MODEL, TOLD, (0, 4, 7), 0, 0.1)
 

@@ -331,14 +331,14 @@ def _map_figure(model: ColaDLM, basin: BasinMap, look: str, place: Tensor) -> go
 def basin_map(
     model: ColaDLM,  # in evaluation mode, with a tokenizer
     text: str = "Tom lived near the mill with his sister. One windy evening, he took a slow walk.",  # whose latents are looked at
-    words: Sequence[str] = ("Tom", "mill", "sister"),  # three words of the text, A, B and C to begin with; the first of that name is taken
+    words: Sequence[str] = ("Tom", "mill", "sister"),  # three words of the text, A, B and C to begin with, the first of that name; none: the longest
 ) -> View:  # a map to drag a point over
     "A slice of latent space through three words of a text: what is read where, how surely, and how far the posteriors reach."
     told = text_latents(model, text)
-    if len(words) != 3: raise ViewError(f"{len(words)} words are given: a plane needs three")
+    if words and len(words) != 3: raise ViewError(f"a plane needs three words, and {len(words)} are given")
     if absent := [word for word in words if word not in told.names]:
         raise ViewError(f"no latent of the text reads {absent[0]!r}: take some of {', '.join(told.names)}")
-    corners = tuple(told.names.index(word) for word in words)
+    corners = tuple(told.names.index(word) for word in words) or _three_words(told)
     basins = _Basins(model, text, corners)
     point = basins.point(basins.read(text, corners, corners[0]).plane.corners[0])
     moved = Control("moved", "move the latent of", "choice", 0, options=[(letter, i) for i, letter in enumerate("ABC")])
@@ -458,7 +458,7 @@ def _noise_figure(law: str, loc: float, scale: float, t: float, told: TextLatent
     tops = (max(4.0, 1.05 * now.max().item()), 9.0, 1.05)
     for panel, (top, floor) in enumerate(zip(tops, (0.0, -9.0, 0.0)), 1):
         figure.add_scatter(x=[t, t], y=[floor, top], mode="lines", line=line(INK, "dashdot"), name="t", showlegend=panel == 1, row=1, col=panel)
-        figure.update_xaxes(title_text="flow time t (0 meaning, 1 noise)", range=[0, 1], tickvals=[0, 0.5, 1], row=1, col=panel)
+        figure.update_xaxes(title_text="flow time t (1: noise)", range=[0, 1], tickvals=[0, 0.5, 1], row=1, col=panel)
     for panel, title in enumerate(("density (per unit of t)", "log SNR (nats)", "share of tokens right"), 1):
         figure.update_yaxes(title_text=title, range=[(0.0, -9.0, 0.0)[panel - 1], tops[panel - 1]], row=1, col=panel)
     return figure.update_layout(legend={"y": -0.25})
@@ -690,7 +690,7 @@ def posterior_lab(
         used, total, length = used_dimensions(run), sum(run["kl"]), sum(run["length"])
         none = " With the width held the KL is a constant, and β changes nothing: this is one run for all β." if run["beta"] is None else ""
         said = (
-            f"{sum(used)} of {len(used)} dimensions say something. KL {total:.2f} nats, of which {length:.2f} are length; log SNR {run['log_snr']:.2f}. "
+            f"{sum(used)} of {len(used)} dimensions say something. KL {total:.2f} nats, of which {length:.2f} are length; log SNR {run['log_snr']:z.2f}. "
             f"Of unseen words {run['right'][0]:.1%} come back, under noise at t = {lab['levels'][LAB_LOOK]:g} {run['right'][LAB_LOOK]:.1%}; "
             f"of hidden words {run['hidden']:.1%} are guessed.{none}"
         )

@@ -107,6 +107,7 @@ def _table_figure(painted: Tensor, real: Tensor, judged: bool, names: list[str],
     copies = "; c clean, n noisy copy" if borders[1] else ""
     figure.update_xaxes(title_text=f"is seen (key{copies})", range=[-0.49, n - 0.51], **labels)
     figure.update_yaxes(title_text="looks (query)", range=[n - 0.51, -0.49], scaleanchor="x", **labels)
+    figure.layout.meta["narrow"]["height"] = 390  # the table is square
     return figure.update_layout(dragmode=False, showlegend=False)  # a legend that comes and goes would move the cells
 
 # %% ../../nbs/14f_seeing.ipynb #25c5357a
@@ -400,14 +401,14 @@ def cache_diary(
 def _diary_figure(entries: Sequence[CacheEntry], names: list[str]) -> go.Figure:
     "Slots by blocks: how often keys were computed; beside it, keys computed with the cache and without."
     slots, most = len(names), max(max(entry.times) for entry in entries)
-    figure = panels(["times a slot's keys were computed", "keys computed"], [0.7, 0.3], 420)
+    figure = panels(["how often keys were computed", "keys computed"], [0.7, 0.3], 430)
     rows = [[*entry.times, *[None] * (slots - len(entry.times))] for entry in entries]
     labels = [f"{i + 1} {' '.join(entry.names)}" for i, entry in enumerate(entries)]
     colours = [(0.0, QUIET), (1e-6, OKABE_ITO[2]), (1.5 / most, OKABE_ITO[2]), (1.5 / most + 1e-6, OKABE_ITO[1]), (1.0, OKABE_ITO[1])]
     shown = lambda last: [row if i <= last else [None] * slots for i, row in enumerate(rows)]
-    said = lambda last: [["" if not value else str(value) for value in row] for row in shown(last)]
+    said = lambda last: [["" if not value or slots > 40 else str(value) for value in row] for row in shown(last)]  # in so many they would touch
     look = {"zmin": 0, "zmax": most, "colorscale": colours, "showscale": False, "xgap": 1, "ygap": 1}
-    look |= {"texttemplate": "%{text}", "textfont": {"size": 9, "color": "black"}}
+    look |= {"texttemplate": "%{text}", "textfont": {"size": 9, "color": "black"}, "meta": {"narrow": {"textfont": {"size": 7}}}}
     hover = "block %{y}, slot %{x}: computed %{z} times<extra></extra>"
     figure.add_heatmap(z=shown(len(rows)), text=said(len(rows)), hovertemplate=hover, **look, row=1, col=1)
     with_cache, without = [sum(entry.times) for entry in entries], [entry.needed for entry in entries]
@@ -417,12 +418,16 @@ def _diary_figure(entries: Sequence[CacheEntry], names: list[str]) -> go.Figure:
         drawn = {"mode": "lines+markers", "line": {"color": colour, "dash": dash}, "marker": {"symbol": symbol, "size": 8}}
         figure.add_scatter(x=numbers, y=values, name=name, **drawn, row=1, col=2)
     small = {"tickfont": {"size": 9}, "showgrid": False, "row": 1, "col": 1}
-    figure.update_xaxes(title_text="slot of the cache (its latent)", tickvals=[*range(slots)], ticktext=names, tickangle=-90, **small)
+    some = lambda most: {"tickvals": [*range(0, slots, -(-slots // most))], "ticktext": names[:: -(-slots // most)]}
+    figure.update_xaxes(title_text="slot of the cache (its latent)", tickangle=-90, **some(40), **small)
     figure.update_yaxes(title_text="block that is written", tickvals=[*range(len(rows))], ticktext=labels, autorange="reversed", **small)
     figure.update_xaxes(title_text="block", dtick=2 if len(rows) > 6 else 1, range=[0.5, len(rows) + 0.5], row=1, col=2)
     figure.update_yaxes(title_text="keys a layer and head", range=[0, 1.08 * max(without)], row=1, col=2)
     steps = [[{"z": shown(i), "text": said(i)}, *({"x": numbers[: i + 1], "y": values[: i + 1]} for values in (without, with_cache))] for i in range(len(rows))]
-    figure.layout.meta = {"narrow": figure.layout.meta["narrow"] | {"height": 860}}  # the names of the slots need room below them
+    narrow = figure.layout.meta["narrow"]  # the names of the slots need room below them
+    narrow |= {"height": 880, "xaxis": narrow["xaxis"] | some(24), "yaxis2": {"domain": [0.0, 0.36]}}
+    narrow["annotations"][1]["y"] = 0.36
+    figure.update_layout(legend={"y": -0.36}, meta={"narrow": narrow})
     return add_frames(figure, steps, [0, 1, 2], [str(number) for number in numbers])
 
 # %% ../../nbs/14f_seeing.ipynb #86f47965

@@ -57,7 +57,7 @@ def _grid_figure(path: BlockPath) -> go.Figure:
     cells, marks = _grid(path, steps, 0)
     bar = {"title": {"text": "decoder's probability (no unit)", "side": "top"}, "orientation": "h", "thickness": 10, "y": -0.13, "yanchor": "top"}
     heat = go.Heatmap(x=[*range(1, COLUMNS + 1)], colorscale="Cividis", zmin=0, zmax=1, texttemplate="%{text}", textfont={"size": 10}, colorbar=bar,
-                      xgap=1, ygap=1, hovertemplate="%{text}: %{z:.2f}<extra></extra>", **cells)
+                      xgap=1, ygap=1, hovertemplate="%{text}: %{z:.2f}<extra></extra>", meta={"narrow": {"textfont": {"size": 8}}}, **cells)
     figure = panels([""], height=620).add_trace(heat)
     for colour, width in (("#ffffff", 7), (OKABE_ITO[3], 4)):
         figure.add_scatter(mode="lines", line={"color": colour, "width": width}, name="settled from here on", showlegend=width < 7, hoverinfo="skip", **marks)
@@ -158,18 +158,17 @@ def _distance_figure(names: tuple[list[str], list[str]], moved: Tensor, first: i
     old, new = names
     low, high = max(0, first - 6), min(len(old), first + len(moved) + 6)
     figure, places = panels([""], height=430), [*range(low, high)]
-    asked = [first <= i < first + len(moved) for i in places]
+    asked, few = [first <= i < first + len(moved) for i in places], len(places) <= 20  # more words would lie over one another
     for changed, label, colour, pattern in ((False, "word came back", OKABE_ITO[0], ""), (True, "word changed", OKABE_ITO[1], "/")):
         heights = [moved[i - first].item() if own and (old[i] != new[i]) == changed else None for i, own in zip(places, asked)]
         words = [html.escape(new[i]) if changed and height is not None else "" for i, height in zip(places, heights)]
         look = {"marker": {"color": colour, "pattern": {"shape": pattern}}, "hovertemplate": "%{y:.2f}<extra></extra>"}
-        beside_bar = {"textposition": "outside", "cliponaxis": False, "textangle": -45, "constraintext": "none"}
+        beside_bar = {"textposition": "outside" if few else "none", "cliponaxis": False, "textangle": -45, "constraintext": "none"}
         figure.add_bar(x=[i + 1 for i in places], y=heights, text=words, name=label, **look, **beside_bar)
     kept = [i + 1 for i, own in zip(places, asked) if not own]
     figure.add_scatter(x=kept, y=[0.0] * len(kept), mode="markers", name="not written again", marker={"color": INK, "symbol": "line-ew-open", "size": 9})
     dashed = {"color": INK, "dash": "dash", "width": 1}
     figure.add_scatter(x=[low + 0.5, high + 0.5], y=[usual, usual], mode="lines", name="between different words", line=dashed)
-    few = len(places) <= 20
     labels = {"tickvals": [i + 1 for i in places], "ticktext": [html.escape(old[i]) for i in places], "tickangle": -60} if few else {"nticks": 12}
     figure.update_xaxes(title_text="old word at each position" if few else "position in the text (latent)", range=[low + 0.4, high + 0.6], **labels)
     figure.update_yaxes(title_text="distance new - old (no unit)", range=[0, reach])

@@ -64,7 +64,10 @@ const cola = (() => {
     let layout = picture.figure.layout;
     (frame?.data ?? []).forEach((trace, i) => { const place = frame.traces?.[i] ?? i; data[place] = merge(data[place], trace); });
     if (frame?.layout) layout = merge(layout, frame.layout);
-    if (width < NARROW) layout = merge(layout, layout.meta?.narrow ?? {});
+    if (width < NARROW) {
+      layout = merge(layout, layout.meta?.narrow ?? {});
+      data.forEach((trace, i) => { data[i] = merge(trace, trace.meta?.narrow ?? {}); });
+    }
     const plain = { paper_bgcolor: colours.paper, plot_bgcolor: colours.paper, autosize: true, width: undefined, font: { color: colours.ink }, uirevision: "kept" };
     layout = merge(layout, plain);
     for (const name of Object.keys(layout).filter((key) => /^[xy]axis\d*$/.test(key)))
@@ -109,7 +112,7 @@ const cola = (() => {
     let waiting = false, wanted = false, patience = null; // for an answer; another is to be asked for then
     const presses = new Set(), newer = new Set(); // since the wish that is on its way: buttons pressed, values changed
     const late = {}; // controls that came for one which the reader was holding
-    let heldName = null, shown = null, faulty = "", closed = false;
+    let heldName = null, ranges = "", shown = null, faulty = "", closed = false;
 
     const title = make("p", { class: "cola-title", id: `${id}-title` }, spec.title);
     const form = make("div", { class: "cola-controls", role: "group", "aria-label": "Controls" });
@@ -271,6 +274,10 @@ const cola = (() => {
           const width = figure.clientWidth;
           if (!picture || closed || !width) break; // no width: hidden: the observer below draws when it is shown
           const { data, layout } = composed(picture, step, dark, width), drawn = step;
+          // An axis whose domain gives way to keep its scale would hold on to its first range: with another one, begin anew.
+          const limits = JSON.stringify(Object.values(layout).filter((axis) => axis?.constrain === "domain").map((axis) => axis.range));
+          if (limits !== ranges && ranges) Plotly.purge(plot);
+          ranges = limits;
           await Plotly.react(plot, data, layout, CONFIG);
           const words = Array.isArray(picture.texts) ? picture.texts[Math.min(step, picture.texts.length - 1)] ?? "" : picture.texts;
           if (shown !== words) { text.innerHTML = words; shown = words; }
