@@ -9,7 +9,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import nbformat
 import pytest
@@ -800,3 +803,21 @@ def test_figures_of_the_site_live_without_a_kernel(browser: Browser, site: Path,
         assert watched.page.evaluate("document.documentElement.scrollWidth <= innerWidth + 1"), path.name
     assert stills >= 12
     watched.check()
+
+
+def test_a_figure_of_a_served_site_can_be_saved_as_a_page(browser: Browser, site: Path, tmp_path: Path) -> None:
+    "Where a server hands out the site, the files that a page of its own needs are found; opened as a file, that page draws the figure."
+    path = next(path for path in sorted(site.rglob("*.html")) if "cola-still" in path.read_text(encoding="utf-8"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=site)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        watched = Watched(browser.new_page())
+        watched.page.goto(f"http://127.0.0.1:{server.server_port}/{path.relative_to(site).as_posix()}")
+        view = watched.views().first
+        settled(view)
+        with watched.page.expect_download() as saved: view.get_by_role("button", name="Save HTML").click()
+        saved.value.save_as(tmp_path / "saved.html")
+        server.shutdown()
+    watched.page.goto((tmp_path / "saved.html").as_uri())
+    settled(watched.views().first)
+    watched.check()
+    watched.page.close()

@@ -126,7 +126,7 @@ _PAGE = """<!doctype html>
 _TYPES = {"css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
 _MOST_BYTES = 1 << 20  # of a message
 
-
+# %% ../../nbs/14h_explorer.ipynb #aaa5c567
 class _Handler(BaseHTTPRequestHandler):
     "Hands out the page and its files, and passes messages to the app."
 
