@@ -24,7 +24,7 @@ from .field import guidance_dissector, step_bench
 from .latents import basin_map, noise_schedule
 from .seeing import MOST_LATENTS, attention_map, cache_view
 from .writing import crystallisation, flow_theatre, renoising
-from ..viz import ViewError, story_points, token_name
+from ..viz import ViewError, story_points
 
 # %% ../../nbs/14h_explorer.ipynb #5a9b38e4
 class App:
@@ -100,15 +100,13 @@ def explorer(
     whole = lru_cache(4)(lambda text, seed: text + generate(model, [text] if text else 1, seeds=[seed]).texts[0])
     most = min(MOST_LATENTS * model.config.vae.patch_size, model.generation.max_length - 1)
     seen = lambda text, seed: model.tokenizer.decode(model.tokenizer.encode(whole(text, seed), add_special_tokens=False).ids[:most])
-    words = lambda text: dict.fromkeys(token_name(model.tokenizer, i) for i in model.tokenizer.encode(text, add_special_tokens=False).ids)
-    longest = lambda text: sorted(words(text), key=len)[:-4:-1]  # three tokens that differ
     looks = [
         ("crystallisation", "which words settle first", lambda text, seed: crystallisation(model, text, seed)),
         ("theatre", "latents on their way", lambda text, seed: flow_theatre(model, cloud(), text, seed)),
         ("guidance", "guidance taken apart", lambda text, seed: guidance_dissector(model, text, seed)),
         ("steps", "steps and solvers", lambda text, seed: step_bench(model, text, seed)),
         ("renoising", "a block sent back to noise", lambda text, seed: renoising(model, whole(text, seed))),
-        ("basins", "basins of words", lambda text, seed: basin_map(model, seen(text, seed), longest(seen(text, seed)))),
+        ("basins", "basins of words", lambda text, seed: basin_map(model, seen(text, seed), ())),
         ("noise", "what noise leaves", lambda text, seed: noise_schedule(model, text)),
         ("attention", "who looks where", lambda text, seed: attention_map(model, seen(text, seed), seed=seed)),
         ("cache", "what the memory holds", lambda text, seed: cache_view(model, text, seed=seed)),
