@@ -223,12 +223,14 @@ def test_a_view_is_drawn(everything: Watched, desk: Desk, title: str) -> None:
     everything.check()
 
 
+in_lab = pytest.mark.parametrize("desk", ["jupyterlab"], indirect=True)  # where the place makes no difference
 NAMELESS = """view => [...view.querySelectorAll('input, select, button')].filter(
     one => !(one.labels?.length || one.textContent.trim() || one.getAttribute('aria-label'))).map(one => one.outerHTML)"""
 UNLABELLED = """view => { const layout = view.querySelector('.cola-plot')._fullLayout;
     return Object.keys(layout).filter(key => /^[xy]axis\\d*$/.test(key) && layout[key].visible && !layout[key].title.text); }"""
 
 
+@in_lab
 @pytest.mark.parametrize("title", VIEWS)
 def test_everything_in_a_view_has_a_name(everything: Watched, title: str) -> None:
     "Controls have names for screen readers, the figure is described, axes have titles."
@@ -265,6 +267,7 @@ def test_every_control_is_moved_with_the_keyboard(everything: Watched, desk: Des
     everything.check()
 
 
+@in_lab
 @pytest.mark.parametrize("title", VIEWS)
 def test_a_view_stays_legible_in_the_dark(everything: Watched, desk: Desk, title: str) -> None:
     "With the dark theme the paper is dark, and the figure's letters are light."
@@ -784,8 +787,7 @@ def test_the_explorer_shows_every_look_of_a_text(explorer: Watched) -> None:
 # The site
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [375, 1280])
+@pytest.mark.parametrize("width, scheme", [(375, "dark"), (1280, "light")])
 def test_figures_of_the_site_live_without_a_kernel(browser: Browser, site: Path, scheme: str, width: int) -> None:
     "Opened as files: every still becomes a view, fits the page, follows the theme, goes through its frames with the keyboard, and asks nothing of a network."
     watched = Watched(browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme))
