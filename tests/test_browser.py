@@ -118,9 +118,9 @@ def shot(target: Locator | Page, name: str) -> None:
     target.screenshot(path=SHOTS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.png")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    "Chromium."
+    "Chromium, closed behind these tests: its driver keeps an event loop running in this thread."
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
