@@ -17,7 +17,7 @@ from cola_tutorial.text.stories import Grammar
 
 EXAMPLES = settings(max_examples=25, deadline=None, derandomize=True)
 SCALES = st.sampled_from([0.0, 1.0, 3.0])
-CLOSE = dict(atol=1e-4, rtol=1e-4)
+CLOSE = dict(atol=5e-4, rtol=5e-4)  # float32: guidance by 3 multiplies the rounding of every step
 
 
 @st.composite
