@@ -637,6 +637,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'cola_tutorial.screen.View.answer': ('screen.html#view.answer', 'cola_tutorial/screen.py'),
                                       'cola_tutorial.screen.View.picture': ('screen.html#view.picture', 'cola_tutorial/screen.py'),
                                       'cola_tutorial.screen.View.push': ('screen.html#view.push', 'cola_tutorial/screen.py'),
+                                      'cola_tutorial.screen.View.shown': ('screen.html#view.shown', 'cola_tutorial/screen.py'),
                                       'cola_tutorial.screen.View.spec': ('screen.html#view.spec', 'cola_tutorial/screen.py'),
                                       'cola_tutorial.screen._asset': ('screen.html#_asset', 'cola_tutorial/screen.py'),
                                       'cola_tutorial.screen._one_core_for_the_browser': ( 'screen.html#_one_core_for_the_browser',

@@ -210,6 +210,12 @@ def spec(self: View) -> dict:  # title, caption, controls and pointer, ready for
 
 
 @patch
+def shown(self: View) -> dict:  # ready for JSON
+    "The picture that was drawn last, drawn now if there is none."
+    return _told(self.last or self.picture())
+
+
+@patch
 def answer(self: View, message: dict) -> dict:  # what to send back
     "Draw what a message wishes, a button as True where it was pressed; what cannot be drawn is answered with its reason."
     wish = {name: value for name, value in message.get("values", {}).items() if name in self.controls and self.controls[name].kind != "button"}

@@ -73,11 +73,10 @@ def answer(self: App, message: dict) -> dict:  # what to send back
     try:
         if "open" not in message: return self._view(message).answer(message)
         view = self.open(message["open"], message.get("text"), message.get("seed"))
-        drawn, spec = view.answer({}), view.spec()
+        picture, spec = view.shown(), view.spec()
     except ValueError as error: return {"error": str(error)}
     own = [control for control in spec["controls"] if control["name"] not in self.SHARED]
-    if drawn["error"]: return drawn
-    return {"open": message["open"], "text": self.text, "seed": self.seed, "spec": spec | {"controls": own, "picture": drawn["picture"]}, "error": ""}
+    return {"open": message["open"], "text": self.text, "seed": self.seed, "spec": spec | {"controls": own, "picture": picture}, "error": ""}
 
 
 @patch
