@@ -577,8 +577,8 @@ def test_repaint_is_the_walk_with_the_known_latents_painted_in():
     config = replace(PLAIN, first_block="repaint", steps=steps, repaint_repeats=repeats, repaint_fraction=fraction, num_blocks=1, guidance_scale=2.0)
     found = generate(model, [ids], config, [11]).latents[0][None]
     latents = model.vae.to_latents(model.vae.encode(torch.tensor([ids + [0, 0]])).mean)
-    known, generator = latents[:, 4:6], generation._source(11, painting=True)
-    assert not torch.equal(torch.randn(4, generator=generation._source(11)), torch.randn(4, generator=generation._source(11, painting=True)))
+    known, generator = latents[:, 4:6], generation.seed_source(11, painting=True)
+    assert not torch.equal(torch.randn(4, generator=generation.seed_source(11)), torch.randn(4, generator=generation.seed_source(11, painting=True)))
     z = torch.randn(SIZE, 4, generator=torch.Generator().manual_seed(11))[None]
     for step in range(steps):
         t, end = 1 - step / steps, 1 - (step + 1) / steps

@@ -477,7 +477,7 @@ def test_a_broken_tokenizer_is_named(folder):
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(tokenizer):
-    with pytest.raises(ConfigError, match="the tokenizer has 270 tokens, but the VAE only 269"):
+    with pytest.raises(ConfigError, match="the tokenizer has 270 tokens, but the model only 269"):
         small(tokenizer, vocab_size=269)
     config = replace(small().config, pad_id=3)
     with pytest.raises(ConfigError, match="pad and end ids are \\(0, 1\\), but the configuration says \\(3, 1\\)"):
