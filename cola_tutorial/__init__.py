@@ -34,6 +34,7 @@ _rooms = (
     "plain",
     "plain_training",
     "evaluation",
+    "tasks",
     "editing",
     "verify",
     "report",
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from cola_tutorial.plain import *
     from cola_tutorial.plain_training import *
     from cola_tutorial.evaluation import *
+    from cola_tutorial.tasks import *
     from cola_tutorial.editing import *
     from cola_tutorial.verify import *
     from cola_tutorial.report import *

@@ -7,16 +7,15 @@ __all__ = ['SHORT', 'ALIKE', 'LONGEST_COMPARED', 'RULES', 'TASKS', 'TaskError', 
            'map_option', 'Verdict', 'task_rule', 'judge', 'TaskScore', 'score_generations', 'read_rows', 'Task',
            'few_shot_prefix', 'load_items', 'fit_prompt', 'TaskRun', 'item_seed', 'run_task']
 
-# %% ../nbs/13b_tasks.ipynb #57ab556d
+# %% ../nbs/13b_tasks.ipynb #3853e44e
 import hashlib
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +164,7 @@ def _known(task: str) -> str:
         if plain(task) == plain(name): return name
     raise TaskError(f"task {task!r} is not known: take one of {', '.join(RULES)}")
 
-# %% ../nbs/13b_tasks.ipynb #81ad17b1
+# %% ../nbs/13b_tasks.ipynb #fe6cd54c
 def judge(
     task: str,  # its name
     generation: str,  # what the model wrote
@@ -177,17 +176,18 @@ def judge(
     if rule == "option" and not options: raise TaskError(f"{task} maps an answer to an option, but there are no options: give them as choices")
     if isinstance(gold, int): right, gold = gold, _option_at(gold, options)
     else: right = map_option(gold, options)[0] if rule == "option" else None
+    meant = [gold]  # texts that are right
+    if isinstance(gold, str) and options and not any(_same(gold, text) for text in options):  # a letter stands for its option's text
+        meant += [options[letter] for letter in [_letter(gold, len(options))] if letter is not None]
     if not said.strip(): return Verdict(False, "empty", gold=right)
     if rule == "first word":
         first = normalise(said).split()[:1]
         return Verdict(first == normalise(gold).split()[:1] != [], "first word")
-    if rule == "equal":
-        letter = _letter(gold, len(options)) if options and not any(_same(gold, text) for text in options) else None
-        meant = [gold] if letter is None else [gold, options[letter]]
-        return Verdict(any(_same(said, text) for text in meant), "equal text")
+    equal = any(_same(said, text) for text in meant)
+    if rule == "equal": return Verdict(equal, "equal text")
     option, decided = map_option(said, options)
     if option is not None and option == right: return Verdict(True, decided, option, right)
-    return Verdict(True, "equal text", option, right) if _same(said, gold) else Verdict(False, decided, option, right)
+    return Verdict(True, "equal text", option, right) if equal else Verdict(False, decided, option, right)
 
 
 def _option_at(number: int, options: Sequence[str] | None) -> str:
@@ -378,17 +378,17 @@ _read_obqa = lambda row: _read_options(row, _text(row, "question_stem"), row["ch
 _read_hellaswag = lambda row: _read_options(row, _text(row, "ctx"), row["endings"], "label")
 _STORY = (*(f"input_sentence_{number}" for number in range(1, 5)), "sentence_quiz1", "sentence_quiz2", "answer_right_ending")
 
-# %% ../nbs/13b_tasks.ipynb #2b5159f3
+# %% ../nbs/13b_tasks.ipynb #7e4874d9
 _LIGHTHOUSE = "The lighthouse on Gull Point was built in 1874 by Ada Morrow, who also drew the plans of the harbour wall. It burned oil until 1931."
 _SQUAD = ({"context": _LIGHTHOUSE, "question": "Until when did the lighthouse burn oil?", "answers": {"text": ["1931"]}},)
 _MMLU = (
     {"question": "Which metal is liquid at room temperature?", "choices": ["Iron", "Mercury", "Copper", "Silver"], "answer": 1},
     {"question": "What comes next: 2, 6, 18, 54?", "choices": ["72", "108", "162", "216"], "answer": 2},
 )
-_TOMATOES = "Lena wanted tomatoes, but her flat had no garden. She put six pots on the roof and carried water up every evening. In August the neighbours came to taste."
-_NIGHT = "On Fridays our library closes at midnight. Nobody had asked for it. But the nurses of the hospital next door end their shift at ten, and now they come to read."
+_TOMATOES = "Lena wanted tomatoes, but her flat had no garden. She put six pots on the roof and carried water up. In August the neighbours came to taste."
+_NIGHT = "On Fridays our library closes at midnight. Nobody had asked for it. But the nurses next door end their shift at ten, and now they come to read."
 _RACE = (
-    {"article": _TOMATOES, "question": "Where did Lena's tomatoes grow?", "options": ["In a garden", "In a shop", "On the roof", "In the cellar"], "answer": "C"},
+    {"article": _TOMATOES, "question": "Where did Lena's tomatoes grow?", "options": ["In a garden", "In a shop", "On the roof", "In jars"], "answer": "C"},
     {"article": _NIGHT, "question": "Who reads there late on Fridays?", "options": ["Nurses", "Pupils", "Bakers", "Nobody"], "answer": "A"},
 )
 _BREAD = ("Omar mixed flour, water and yeast.", "He let the dough rest.", "The phone rang, and he talked for an hour.", "The kitchen smelled of smoke.")
@@ -399,7 +399,7 @@ _STORIES = (
     _ends(_KITE, "Ines ordered a soup.", "The kite sailed away over the sea.", 2),
 )
 
-# %% ../nbs/13b_tasks.ipynb #c046b23e
+# %% ../nbs/13b_tasks.ipynb #32e8fa65
 _stem = lambda text, options, key: {"question_stem": text, "choices": {"text": options, "label": list("ABCD")}, "answerKey": key}
 _OBQA = (
     _stem("A puddle is gone after a sunny day because its water", ["froze", "evaporated", "burned", "grew heavy"], "B"),
@@ -411,13 +411,14 @@ _HELLASWAG = (
     {"ctx": _SPADE, "endings": ["digs a hole for a rose.", "dives into the bed.", "paints the spade with milk.", "flies over the fence."], "label": "0"},
     {"ctx": _RING, "endings": ["melt slowly.", "count the water.", "jump over its edge together.", "sell the fountain to a cat."], "label": "2"},
 )
-_person = lambda context, question, answers, label: dict(zip(("context", "question", "answerA", "answerB", "answerC", "label"), (context, question, *answers, label)))
+_PERSON = ("context", "question", "answerA", "answerB", "answerC", "label")
+_person = lambda context, question, answers, label: dict(zip(_PERSON, (context, question, *answers, label)))
 _SIQA = (
     _person("Noor found a purse in the tram and took it to the driver.", "How would you describe Noor?", ("greedy", "honest", "sleepy"), "2"),
     _person("Paul had practised for weeks before the concert.", "What did Paul want?", ("to play well", "to stay in bed", "to lose his violin"), "1"),
 )
 
-# %% ../nbs/13b_tasks.ipynb #5b230ef9
+# %% ../nbs/13b_tasks.ipynb #5c34ca8d
 _asked = "Question: "
 _told = "Context: "
 _given = [
@@ -428,11 +429,11 @@ _given = [
     Task("story_cloze", _told, _STORY, _read_story, "LSDSem/story_cloze", "2016", "test", _STORIES),
     Task("obqa", _asked, ("question_stem", "choices", "answerKey"), _read_obqa, "allenai/openbookqa", "main", "test", _OBQA),
     Task("hellaswag", _told, ("ctx", "endings", "label"), _read_hellaswag, "Rowan/hellaswag", None, "validation", _HELLASWAG),
-    Task("siqa", _told, tuple(_SIQA[0]), _read_siqa, "allenai/social_i_qa", None, "validation", _SIQA),
+    Task("siqa", _told, _PERSON, _read_siqa, "allenai/social_i_qa", None, "validation", _SIQA),
 ]
 TASKS = {task.name: task for task in _given}  # name -> task
 
-# %% ../nbs/13b_tasks.ipynb #d53c58d0
+# %% ../nbs/13b_tasks.ipynb #e893b089
 def _item(task: Task, row: Mapping, where: str) -> dict:
     "Prompt, answer and options of a row, which has them already or has the task's columns."
     if {"prompt", "ground_truth"} <= row.keys():
@@ -441,7 +442,8 @@ def _item(task: Task, row: Mapping, where: str) -> dict:
         _judged(item | {"generate": ""}, task.name, where)
         return item
     if missing := [name for name in task.columns if name not in row]:
-        raise TaskError(f"{where}: no column {missing[0]!r}, only {sorted(map(str, row))}: {task.name} needs {', '.join(task.columns)}, or prompt and ground_truth")
+        found = f"no column {missing[0]!r}, only {sorted(map(str, row))}"
+        raise TaskError(f"{where}: {found}: {task.name} needs {', '.join(task.columns)}, or prompt and ground_truth")
     try: prompt, answer, options = task.read(row)
     except TaskError as error: raise TaskError(f"{where}: {error}") from None
     return {"id": row.get("id"), "prompt": prompt, "ground_truth": answer} | ({"choices": options} if options else {})

@@ -13,6 +13,11 @@ SMALL = [
     ).items()
 ]
 
+ROWS = (
+    ("rows.jsonl", b'{"generate": "x", "ground_truth": "X."}\n\n{"ground_truth": "x"}\n'),
+    ("words.jsonl", b'{"text": "Tom lived near the mill"}\n'),
+)
+
 
 def run(command, *args, cwd=None):
     program = f"import sys; sys.argv[0] = 'cola-{command}'; from cola_tutorial.cli import {command}; sys.exit({command}())"
@@ -22,7 +27,7 @@ def run(command, *args, cwd=None):
     return subprocess.run([sys.executable, str(path), *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=300)
 
 
-@pytest.mark.parametrize("command", ["train", "shards", "report", "generate", "evaluate", "info", "verify", "bench"])
+@pytest.mark.parametrize("command", ["train", "shards", "report", "generate", "evaluate", "score", "task", "info", "verify", "bench"])
 def test_help_names_every_option(command, tmp_path):
     done = run(command, "--help", cwd=tmp_path)
     assert done.returncode == 0 and "usage" in done.stdout and "--help" in done.stdout
@@ -77,6 +82,21 @@ def test_evaluate_ends_with_one_json_object(tmp_path):
         ("generate", ["--stream", "Tom", "Nora"], "stream shows one text, but 2"),
         ("evaluate", ["--group", "guidance"], "group belongs to study"),
         ("evaluate", ["--study", "study.json", "--group", "taste"], "group 'taste' is not in the study"),
+        ("score", [], "cola-score FILE --task NAME"),
+        ("score", ["good.txt", "--task", "squad"], "good.txt: not one of .jsonl"),
+        ("score", ["list.json"], "list.json is not named after a task"),
+        ("score", ["list.json", "--task", "squad"], "list.json: no row in it"),
+        ("score", ["list.json", "--task", "arc"], "task 'arc' is not known"),
+        ("score", ["nowhere.jsonl", "--task", "squad"], "nowhere.jsonl: cannot be read"),
+        ("score", ["rows.jsonl", "--task", "mmlu"], "rows.jsonl, line 1: choices is missing"),
+        ("score", ["rows.jsonl", "--task", "squad"], "rows.jsonl, line 3: generate is missing"),
+        ("task", [], "cola-task NAME --items FILE"),
+        ("task", ["arc", "--items", "rows.jsonl"], "task 'arc' is not known"),
+        ("task", ["lambada", "--items", "rows.jsonl"], "rows.jsonl, line 1: no column 'text'"),
+        ("task", ["lambada"], "lambada_openai: not to be had from the hub"),
+        ("task", ["lambada", "--items", "words.jsonl", "--new-tokens", "80"], "rows have 80 tokens"),
+        ("task", ["lambada", "--items", "words.jsonl", "--out", "words.txt"], "words.txt: the rows are written as jsonl"),
+        ("task", ["lambada", "--items", "words.jsonl", "--set", "stepz=3"], "stepz"),
         ("verify", [], "cola-verify CHECKPOINT REFERENCE"),
         ("verify", ["folder", "nowhere.safetensors"], "nowhere.safetensors is missing"),
         ("verify", ["folder", "list.json"], "list.json is damaged, or no safetensors file"),
@@ -84,12 +104,48 @@ def test_evaluate_ends_with_one_json_object(tmp_path):
 )
 def test_mistakes_are_named_in_one_line(command, args, words, tmp_path):
     (tmp_path / "folder").mkdir()
-    for name, content in (("list.json", b"[]"), ("empty.txt", b""), ("latin.txt", b"caf\xe9"), ("good.txt", b"One line.\n" * 50)):
+    for name, content in (("list.json", b"[]"), ("empty.txt", b""), ("latin.txt", b"caf\xe9"), ("good.txt", b"One line.\n" * 50), *ROWS):
         (tmp_path / name).write_bytes(content)
     done = run(command, *args, cwd=tmp_path)
     assert done.returncode == 2 and words in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists(), "nothing half-written stays"
+
+
+def test_generations_are_scored(tmp_path):
+    "The accuracy stands alone on the last line; the object behind it says the same."
+    rows = [{"generate": text, "ground_truth": 1, "choices": ["cold", "hot", "wet"]} for text in ("hot", "(B)", "", "cold") * 3]
+    (tmp_path / "obqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run("score", "obqa.jsonl", "--task", "OBQA", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    first, *rules, last = done.stdout.splitlines()
+    assert first == "obqa   n 12   correct 6   95% interval [25.38, 74.62]   chance 33.33"
+    assert [rule.split() for rule in rules] == [
+        ["equal", "option", "decided", "6", "right", "3"],
+        ["letter", "decided", "3", "right", "3"],
+        ["empty", "decided", "3", "right", "0"],
+    ]
+    assert last == "accuracy 50.00"
+    more = run("score", "obqa.jsonl", "--json", cwd=tmp_path)
+    *lines, told = more.stdout.splitlines()
+    told = json.loads(told)
+    assert lines == done.stdout.splitlines() and (told["task"], told["n"], told["correct"], told["accuracy"]) == ("obqa", 12, 6, 50)
+    assert told["rules"]["letter"] == [3, 3] and told["file"] == "obqa.jsonl"
+
+
+def test_a_task_is_asked_and_scored(tmp_path):
+    "What it writes, cola-score scores alike."
+    julia = "Near the river lived Julia and her grandfather. One cloudy afternoon, she went out. She secretly wanted to learn to skate. Under a bush lay"
+    texts = [f"{julia} a little white scarf. Julia quickly shared it with a clever turtle. Near the river, her grandfather"] * 4
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    args = ["words.jsonl", "--out", "said.jsonl", "--new-tokens", 6, "--limit", 3, "--set", "steps=16", "--json"]
+    done = run("task", "lambada", "--items", *args, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert (told["n"], told["cut"], told["shortened"], told["seed"], told["correct"]) == (3, 0, 0, 0, 3)
+    assert done.stdout.startswith("prompts 3   without some worked examples 0   cut 0   seed 0\n")
+    scored = run("score", "said.jsonl", "--task", "lambada", cwd=tmp_path)
+    assert scored.stdout.splitlines() == done.stdout.splitlines()[1:-1]
 
 
 def test_train_then_generate_on_a_text_file(tmp_path):

@@ -54,6 +54,7 @@ FLOORS = {
     "plain": 5,
     "plain_training": 5,
     "evaluation": 5,
+    "tasks": 6,
     "editing": 5,
     "verify": 5,
     "report": 6,
