@@ -140,6 +140,7 @@ def test_a_letter_alone_is_an_option(text):
         ("Answer: A\nAnswer: C\n", 2, "letter"),
         ("Answer: 60 degrees\nOn the other hand, the answer is 90 degrees\nbye", 3, "equal option"),
         ("The answer is A. No, the answer is D", 3, "letter"),
+        ("The answer is 60 degrees. No, the answer is 90 degrees", 3, "equal option"),
         ("80 degrees. The answer is obvious", 2, "one option inside"),
         ("(A) The answer isn't hard", 0, "letter"),
         ("Answer:", None, "undecided"),
@@ -153,6 +154,7 @@ def test_a_letter_alone_is_an_option(text):
         ("optional B", None, "undecided"),
         ("options a", None, "undecided"),
         ("option E", None, "undecided"),
+        ("option isA", None, "undecided"),
         ("The answer is a mystery", None, "undecided"),
         ("The answer is a", 0, "letter"),
         ("The answer is A mystery", 0, "letter"),
@@ -207,6 +209,7 @@ def test_equal_options_are_the_first_for_texts_and_two_for_letters():
 def test_options_of_punctuation_are_told_apart():
     signs = ["+", "-", "*", "?"]
     assert [map_option(text, signs)[0] for text in ("+", " - ", "/", "plus")] == [0, 1, None, None]
+    assert map_option("it is minus I say", ["+", "minus"]) == (1, "one option inside"), "nothing is left of +, which is inside of nothing"
     assert judge("squad", " +", "+").correct and not judge("squad", "-", "+").correct
 
 
@@ -221,6 +224,7 @@ def test_options_of_punctuation_are_told_apart():
         ("lambada", "sign", "signs", False),
         ("lambada", "...", "signs", False),
         ("lambada", "the signs", "signs", False),
+        ("lambada", "?!", "...", False),
         ("squad", " the Denver Broncos", "The Denver Broncos.", True),
         ("squad", " Denver Broncos", "The Denver Broncos", False),
         ("squad", "1931\nQuestion: and then?", "1931", True),
