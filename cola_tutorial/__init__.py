@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 # %% ../nbs/16_package.ipynb #a7c7d863
 __version__ = "0.1.0"
 
-# From the ground up, so that a name opens no room above its own. Pictures and the command line are asked for by room.
+# From the ground up, so that a name opens no room above its own. Pictures, the harness and the command line are asked for by room.
 _rooms = (
     "config",
     "text.stories",
