@@ -485,7 +485,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'cola_tutorial/harness.py'),
                                        'cola_tutorial.harness._divided': ('harness.html#_divided', 'cola_tutorial/harness.py'),
                                        'cola_tutorial.harness._in_batches': ('harness.html#_in_batches', 'cola_tutorial/harness.py'),
-                                       'cola_tutorial.harness._kept': ('harness.html#_kept', 'cola_tutorial/harness.py'),
                                        'cola_tutorial.harness._request_config': ( 'harness.html#_request_config',
                                                                                   'cola_tutorial/harness.py'),
                                        'cola_tutorial.harness._room': ('harness.html#_room', 'cola_tutorial/harness.py'),

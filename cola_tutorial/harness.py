@@ -43,7 +43,7 @@ def _request_config(given: Mapping, config: GenerationConfig, new_tokens: int) -
     stops = {"stop": tuple(stop for stop in until if stop), "stop_tokens": (), "num_blocks": None}
     return replace(config, max_new_tokens=int(length), temperature=temperature, **kept, **stops)
 
-# %% ../nbs/13e_harness.ipynb #f04f9a29
+# %% ../nbs/13e_harness.ipynb #255fa485
 class HarnessModel(LM):
     "A model as lm-evaluation-harness asks it."
 
@@ -66,17 +66,17 @@ class HarnessModel(LM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:  # up to a stop string, which is left out
         "Write behind the context of each request (context, generation options)."
-        return _kept(self, "generate_until", requests, _write_until(self, [request.args for request in requests]))
+        return _write_until(self, [request.args for request in requests])
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:  # nats; is it what the model writes?
         "A lower bound of each continuation's log-probability, for requests (context, continuation)."
-        return _kept(self, "loglikelihood", requests, _score_continuations(self, [request.args for request in requests]))
+        return _score_continuations(self, [request.args for request in requests])
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:  # nats
         "A lower bound of each whole text's log-probability, for requests (text,)."
-        return _kept(self, "loglikelihood_rolling", requests, _score_texts(self, [text for request in requests for text in request.args]))
+        return _score_texts(self, [text for request in requests for text in request.args])
 
-# %% ../nbs/13e_harness.ipynb #af95062f
+# %% ../nbs/13e_harness.ipynb #be2d2ba4
 @patch
 def get_model_info(self: HarnessModel) -> dict[str, Any]:  # name -> value
     "What belongs beside every number: also how many contexts were cut so far."
@@ -102,12 +102,6 @@ def fitted(
     "What of a context fits; those that are cut are counted."
     self.cut += len(ids) > room
     return ids[-room:] if room else []
-
-
-def _kept(adapter: HarnessModel, kind: str, requests: list[Instance], found: list) -> list:
-    "`found`, which the harness's cache keeps too, where there is one."
-    for request, one in zip(requests, found, strict=True): adapter.cache_hook.add_partial(kind, request.args, one)
-    return found
 
 # %% ../nbs/13e_harness.ipynb #d67bb3e1
 def _written(model: Any, prompts: list[list[int]], config: GenerationConfig, seeds: list[int]) -> list[tuple[str, list[int]]]:

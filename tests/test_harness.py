@@ -221,9 +221,13 @@ def test_contexts_without_room_are_cut_from_the_left_and_counted():
     adapter, long = HarnessModel(model), ids(TOM * 3)
     until(adapter, (TOM * 3, {"max_gen_toks": 30}), ("Tom", {}))
     assert [row for row, *_ in model.written] == [long[-10:], ids("Tom")] and adapter.cut == 1
-    likely(adapter, (TOM * 3, " sister"), (TOM * 3, " brother"))
-    assert [prompt for prompt, _ in model.scored] == [long[-40 + len(ids(word)) :] for word in (" sister", " brother")]
+    likely(adapter, (TOM * 3, " sister"), (TOM * 3, " sister in law"))
+    assert [prompt for prompt, _ in model.scored] == [long[-40 + len(ids(word)) :] for word in (" sister", " sister in law")]
     assert adapter.get_model_info()["contexts_cut"] == 3
+    fits = MODEL.tokenizer.decode(long[:10])
+    until(adapter, (fits, {"max_gen_toks": 30}))
+    likely(adapter, (MODEL.tokenizer.decode(long[:39]), " sister"))
+    assert adapter.cut == 3
 
 
 # How probable
