@@ -688,6 +688,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'cola_tutorial.report.summary': ('report.html#summary', 'cola_tutorial/report.py'),
                                       'cola_tutorial.report.thinned': ('report.html#thinned', 'cola_tutorial/report.py'),
                                       'cola_tutorial.report.value_label': ('report.html#value_label', 'cola_tutorial/report.py'),
+                                      'cola_tutorial.report.write_page': ('report.html#write_page', 'cola_tutorial/report.py'),
                                       'cola_tutorial.report.write_report': ('report.html#write_report', 'cola_tutorial/report.py')},
             'cola_tutorial.screen': { 'cola_tutorial.screen.Control': ('screen.html#control', 'cola_tutorial/screen.py'),
                                       'cola_tutorial.screen.Control.__post_init__': ( 'screen.html#control.__post_init__',
