@@ -920,6 +920,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'cola_tutorial/text/stories.py'),
                                             'cola_tutorial.text.stories.Grammar._write': ( 'stories.html#grammar._write',
                                                                                            'cola_tutorial/text/stories.py'),
+                                            'cola_tutorial.text.stories.Grammar.beliefs': ( 'stories.html#grammar.beliefs',
+                                                                                            'cola_tutorial/text/stories.py'),
                                             'cola_tutorial.text.stories.Grammar.choice_distribution': ( 'stories.html#grammar.choice_distribution',
                                                                                                         'cola_tutorial/text/stories.py'),
                                             'cola_tutorial.text.stories.Grammar.claims': ( 'stories.html#grammar.claims',

@@ -203,6 +203,15 @@ def test_a_part_that_begins_later_agrees_with_brute_force(slot):
         assert math.isclose(math.exp(grammar.prefix_log_prob(begun, slot)), listed, rel_tol=1e-9), begun
 
 
+def test_beliefs_agree_with_brute_force():
+    grammar, every = Grammar.from_dict(TINY), spell_all(TINY)
+    for begun in ("", "M", "Tom had a dar", "Tom had a red kite. ", "Mia had a blue kite. She ran. It was ", "Tom had a red kite. Rainy was the day. R"):
+        fitting = [(p, choices) for text, p, choices in every if text.startswith(begun)]
+        total = sum(p for p, _ in fitting)
+        for name, law in grammar.beliefs(begun).items():
+            assert law == pytest.approx({v: sum(p for p, choices in fitting if choices[name] == v) / total for v in law}), (begun, name)
+
+
 BEGINNINGS = [("", 0), ("T", 0), ("Mia had a dar", 0), ("Mia had a red kite. ", 0), ("Mia had a red kite.", 0), ("She ran. It was ", 1), ("R", 2), ("", 3)]
 
 
@@ -233,6 +242,8 @@ def test_a_completion_comes_slot_by_slot(stories, sample):
 def test_a_beginning_of_no_story_is_named(stories):
     with pytest.raises(ValueError, match="no story begins with 'Once'"):
         stories.complete("Once", Random(0))
+    with pytest.raises(ValueError, match="no story begins with 'Once'"):
+        stories.beliefs("Once")
     for slot in (-1, 8):
         with pytest.raises(ValueError, match="slot"):
             stories.prefix_log_prob("", slot)

@@ -672,6 +672,26 @@ def prefix_log_prob(
     most = max(logs)
     return min(0.0, most + math.log(math.fsum(math.exp(log - most) for log in logs)))
 
+# %% ../../nbs/02_stories.ipynb #11f5a3a5
+@patch
+def beliefs(
+    self: Grammar,
+    text: str,  # first characters of a story
+) -> dict[str, dict[str, float]]:  # name of the choice -> value -> probability
+    "Exact distribution of every hidden choice, given how the story begins; raises `ValueError` if no story begins so."
+    readings = list(self._readings(text, 0))
+    if not readings: raise ValueError(f"no story begins with {text!r:.200}: give the first characters of one, word for word")
+    logs = [self._weight(reading) for reading in readings]
+    weights = [math.exp(log - max(logs)) for log in logs]
+    told = {}
+    for number, choice in enumerate(self.choices):
+        mass = [0.0] * len(choice.values.items)
+        for weight, reading in zip(weights, readings):
+            probs = [p * (reading.masks[number] >> v & 1) for v, p in enumerate(choice.values.probs)]
+            mass = [m + weight * p / math.fsum(probs) for m, p in zip(mass, probs)]
+        told[choice.name] = {value: m / math.fsum(weights) for value, m in zip(choice.values.items, mass)}
+    return told
+
 # %% ../../nbs/02_stories.ipynb #14c5bf9d
 def _draw(weights: list[float], rng: Random) -> int:  # a place, with probability proportional to its weight
     cuts = list(accumulate(weights))
