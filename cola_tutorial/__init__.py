@@ -28,6 +28,7 @@ _rooms = (
     "costs",
     "model",
     "generation",
+    "baselines",
     "checkpoints",
     "training",
     "plain",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from cola_tutorial.costs import *
     from cola_tutorial.model import *
     from cola_tutorial.generation import *
+    from cola_tutorial.baselines import *
     from cola_tutorial.checkpoints import *
     from cola_tutorial.training import *
     from cola_tutorial.plain import *

@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import ColaConfig, DiTConfig, GenerationConfig, VAEConfig
+from .baselines import Baseline
+from .config import BaselineConfig, ColaConfig, DiTConfig, GenerationConfig, VAEConfig
 from .model import ColaDLM, ModelFileError, read_json, whole_folder
 from .processes import ALONE, Processes, own_part
 from .text.corpus import load_tokenizer
@@ -62,7 +63,7 @@ class Saver:
     def __init__(
         self,
         out: Path,  # run folder
-        stage: str,  # stage1 or stage2
+        stage: str,  # stage1, stage2 or rival
         keep: int = 2,  # newest ones kept
         keep_every: int = 0,  # multiples of so many steps are kept for good; 0: none
         background: bool = False,  # write beside the training; a checkpoint has its name when the next one begins, or at `finish`
@@ -147,7 +148,7 @@ def _step_of(folder: Path) -> int:
 
 def saved_checkpoints(
     out: str | os.PathLike,  # run folder
-    stage: str,  # stage1 or stage2
+    stage: str,  # stage1, stage2 or rival
 ) -> list[Path]:  # oldest first
     "The complete checkpoints of a run (a half-written one never has such a name)."
     return sorted(p for p in (Path(out) / "checkpoints").glob(f"{stage}-*") if re.fullmatch(rf"{stage}-\d{{7}}", p.name))
@@ -226,10 +227,10 @@ def consolidate(
     out: str | os.PathLike,  # model folder
     dtype: torch.dtype | None = None,  # of the stored weights; None: as they are
     averaged: bool = True,  # the average of the weights where there is one
-) -> Path:  # the model folder, in the released layout
+) -> Path:  # the model folder; Cola DLM in the released layout
     "Make a model of a checkpoint; raises `CheckpointError` if it is damaged."
     folder = Path(checkpoint)
-    found = saved_checkpoints(folder, "stage2") or saved_checkpoints(folder, "stage1")
+    found = next(filter(None, (saved_checkpoints(folder, stage) for stage in ("rival", "stage2", "stage1"))), None)
     read = Checkpoint(found[-1] if found else folder)
     read.verify()
     model = model_of(read)
@@ -240,11 +241,12 @@ def consolidate(
 
 def model_of(
     checkpoint: Checkpoint,  # whose settings count
-) -> ColaDLM:  # its weights are not read yet
-    "A model of the checkpoint's sizes, with its tokenizer."
+) -> ColaDLM | Baseline:  # its weights are not read yet
+    "A model of the checkpoint's kind and sizes, with its tokenizer."
     stored = checkpoint.state["model"]
-    config = ColaConfig(VAEConfig(**stored["vae"]), DiTConfig(**stored["dit"]), stored["pad_id"], stored["end_id"])
+    if "kind" in stored: make, config = Baseline.make, BaselineConfig(**stored)
+    else: make, config = ColaDLM, ColaConfig(VAEConfig(**stored["vae"]), DiTConfig(**stored["dit"]), stored["pad_id"], stored["end_id"])
     tokenizer = load_tokenizer(checkpoint.folder) if (checkpoint.folder / "tokenizer.json").exists() else None
-    with torch.device("meta"): model = ColaDLM(config, tokenizer, GenerationConfig(**checkpoint.state["generation"]))
+    with torch.device("meta"): model = make(config, tokenizer, GenerationConfig(**checkpoint.state["generation"]))
     return model.to_empty(device="cpu")
 

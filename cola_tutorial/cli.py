@@ -105,7 +105,7 @@ def _sample_text(prompts: list[str] | int) -> Callable[[ColaDLM], str]:
     "What training shows now and then: continuations of `prompts`, or texts from nothing."
     if isinstance(prompts, list) and not all(prompts): raise ConfigError("--prompt is empty: give it at least one word")
     def sample(model: ColaDLM) -> str:
-        try: texts = write_texts(model, prompts).texts
+        try: texts = model.generate(prompts).texts
         except ValueError as error: return f"  no samples: {error}"  # never lose a training run for them
         return "\n".join(f"  {prompt}|{text}" for prompt, text in zip(prompts if isinstance(prompts, list) else [""] * prompts, texts))
     return sample
@@ -116,10 +116,12 @@ def train(
     source: str = None,  # "stories", a .txt, .jsonl or .parquet file, a folder of them or of token shards, or a hub data set's name. Default: stories
     out: str = None,  # Run folder; a run found there is continued. Default: runs/<source>-<size>
     recipe: str = None,  # A run.json to repeat; other options change it
+    kind: str = None,  # cola; or a rival of the same size: ar, llada or plaid. Default: cola
     size: str = None,  # Preset: tiny, small, full, or a width between such as 512. Default: tiny
-    stages: str = "stage1,stage2",  # Stages to run, separated by a comma
+    stages: str = None,  # Stages to run, separated by a comma. Default: all, for Cola DLM stage1,stage2
     steps1: int = None,  # Steps of stage 1 (the VAE)
     steps2: int = None,  # Steps of stage 2 (the prior)
+    steps: int = None,  # Steps of a rival
     length: int = None,  # Tokens in a row, a multiple of the block. Default: 80 for stories, 128 otherwise
     vocab_size: int = None,  # Tokens of the tokenizer that is trained. Default: the preset's
     tokenizer: str = None,  # A tokenizer.json to use instead
@@ -130,18 +132,21 @@ def train(
     device: str = "cpu",  # Where to train, e.g. cuda
     older: bool = False,  # Where the newest checkpoint is damaged, go on from the one before
 ):
-    "Train a Text VAE and its prior, and show samples."
+    "Train a Text VAE and its prior, or a rival, and show samples."
     with named_errors("cola-train"):
         _refuse_empty("source")
         run = read_run(recipe) if recipe else RunConfig()
-        plain = {"source": source, "size": size, "length": length, "vocab_size": vocab_size, "tokenizer": tokenizer, "text_column": text_column}
+        plain = {"source": source, "kind": kind, "size": size, "length": length, "vocab_size": vocab_size, "tokenizer": tokenizer, "text_column": text_column}
         run = replace(run, **{name: value for name, value in plain.items() if value is not None})
-        staged = {"stage1.steps": steps1, "stage2.steps": steps2, "stage2.vae_lr_ratio": vae_lr_ratio}
+        staged = {"stage1.steps": steps1, "stage2.steps": steps2, "stage2.vae_lr_ratio": vae_lr_ratio, "rival.steps": steps}
         for setting in [f"{name}={value}" for name, value in staged.items() if value is not None] + (set or []): run = change(run, setting)
-        folder = Path(out or f"runs/{Path(run.source).stem}-{run.size}")
+        if wrong := [f"--{name}" for name, value in (("steps1", steps1), ("steps2", steps2)) if value is not None and run.kind != "cola"]:
+            raise ConfigError(f"{' and '.join(wrong)} is for Cola DLM, but kind is {run.kind}: give --steps")
+        if steps is not None and run.kind == "cola": raise ConfigError("--steps is for a rival: give --steps1 and --steps2, or --kind")
+        folder = Path(out or "-".join(["runs/" + Path(run.source).stem, run.size] + [run.kind] * (run.kind != "cola")))
         first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
-        if first: print(f"training {run.size} on {run.source} into {folder}")
-        model = train_run(run, folder, tuple(stages.split(",")), _sample_text(prompt or 4), _device(device), older=older)
+        if first: print(f"training {run.kind} {run.size} on {run.source} into {folder}")
+        model = train_run(run, folder, tuple(stages.split(",")) if stages else None, _sample_text(prompt or 4), _device(device), older=older)
         if first: print(dumps({"model": str(folder / "model"), "parameters": model.sizes()}))
 
 # %% ../nbs/15_cli.ipynb #c98ccea9

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .config import ColaConfig, ConfigError, Stage1Config, Stage2Config, VAEConfig
+from .config import BaselineConfig, ColaConfig, ConfigError, LoopConfig, Stage1Config, Stage2Config, VAEConfig
 from .dit import DiT
 from .vae import TextVAE
 
@@ -108,15 +108,25 @@ def _vae_forward(v: VAEConfig, n: int, plan: StepPlan) -> tuple[dict[str, float]
     ends = {"encoder": patch + 4 * v.dim * v.latent_dim, "decoder": patch + 2 * v.latent_dim * v.dim}
     return blocks, ends | {"vocabulary": 2 * v.patch_size * v.dim * v.vocab_size}
 
+# %% ../nbs/08e_costs.ipynb #79842556
+def _rival_flops(c: BaselineConfig, length: int, plan: StepPlan) -> dict[str, float]:
+    "Operations of a rival's training step per token of a row."
+    inner, embedding = c.num_heads * c.head_dim, c.embedding_dim if c.kind == "plaid" else 0
+    keys = plan.dense_rows * length or (length if c.kind != "ar" else (length + 1) / 2)
+    blocks = {"projections": 8 * c.dim * inner, "pairs": 4 * inner * keys, "feed_forward": 6 * c.dim * c.ffn_dim}
+    ends = {"vocabulary": 2 * c.dim * c.vocab_size, "ends": 2 * embedding * (c.dim + 2 * c.vocab_size)}  # to the stream; distances; mean embedding
+    return {name: c.num_layers * (3 + plan.recompute) * count for name, count in blocks.items()} | {name: 3 * count for name, count in ends.items()}
+
 # %% ../nbs/08e_costs.ipynb #26cc169e
 def training_flops(
-    config: ColaConfig,  # of the model
+    config: ColaConfig | BaselineConfig,  # of the model
     length: int,  # tokens in a row
-    stage: Stage1Config | Stage2Config,  # what is trained: its terms decide what is run
+    stage: LoopConfig,  # what is trained, a Stage1Config, Stage2Config or BaselineTraining: its terms decide what is run
     plan: StepPlan = StepPlan(),  # how it is computed
     rows: int | None = None,  # in one forward; None: stage.batch_size
 ) -> dict[str, float]:  # part -> operations per token of data; their sum is the step's cost
     "Operations of all matrix products of one training step, 2 for a multiplication with its addition, backward twice the forward."
+    if isinstance(config, BaselineConfig): return _rival_flops(config, length, plan)
     n, rows, (prior, vae, passes) = _latents(config, length), rows or stage.batch_size, _stage(stage)
     parts, again = {}, 3 + plan.recompute
 
@@ -256,10 +266,13 @@ def seconds(
 
 # %% ../nbs/08e_costs.ipynb #898f9764
 def own_shapes(
-    config: ColaConfig,  # of the model
+    config: ColaConfig | BaselineConfig,  # of the model
     positions: int,  # positions in one forward
 ) -> list[tuple[int, int, int]]:  # rows, inner length, columns
     "The shapes of the model's own large products."
+    if isinstance(c := config, BaselineConfig):
+        shapes = (c.dim, 3 * c.num_heads * c.head_dim), (c.dim, 2 * c.ffn_dim), (c.ffn_dim, c.dim), (c.dim, c.vocab_size)
+        return [(positions, *shape) for shape in shapes]
     d, v = config.dit, config.vae
     products = (d.dim, 3 * d.num_heads * d.head_dim), (d.dim, d.expand_ratio * d.dim), (d.expand_ratio * d.dim, d.dim), (v.dim, v.vocab_size)
     return [(positions, *product) for product in products]

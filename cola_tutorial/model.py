@@ -76,6 +76,11 @@ class ColaDLM(nn.Module):
         return compute(self, *given)
 
     @property
+    def stacks(self) -> tuple[nn.Module, ...]:  # each with `blocks`
+        "The parts that are stacks of blocks."
+        return self.vae.encoder, self.vae.decoder, self.dit
+
+    @property
     def vocab_size(self) -> int:
         "V: token ids are 0..V-1."
         return self.config.vae.vocab_size

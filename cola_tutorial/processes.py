@@ -90,13 +90,12 @@ def join(
 
 # %% ../nbs/10c_processes.ipynb #e0e13c07
 def share_weights(
-    model: nn.Module,  # a ColaDLM, the same in every process; its weights become shares in place
+    model: nn.Module,  # a ColaDLM or a rival, the same in every process; its weights become shares in place
     processes: Processes,  # who shares
 ) -> None:
     "Divide weights, gradients and moments among the processes (FSDP2); nothing where there is one."
     if processes.mesh is None: return
-    for block in model.dit.blocks: register_fsdp_forward_method(fully_shard(block, mesh=processes.mesh), "modulation")
-    for part in (model.vae.encoder, model.vae.decoder): share_blocks(part, processes)
+    for part in model.stacks: share_blocks(part, processes)
     # Gathered anew for the gradient, so that no weight of before a change outlives it.
     fully_shard(model, mesh=processes.mesh, reshard_after_forward=True)
 
@@ -107,7 +106,9 @@ def share_blocks(
 ) -> None:
     "Divide the weights of the blocks alone."
     if processes.mesh is None: return
-    for block in part.blocks: fully_shard(block, mesh=processes.mesh)
+    for block in part.blocks:
+        fully_shard(block, mesh=processes.mesh)
+        if hasattr(block, "modulation"): register_fsdp_forward_method(block, "modulation")  # the prior's, which generation calls by itself
 
 
 # %% ../nbs/10c_processes.ipynb #ee494abe

@@ -28,8 +28,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
+from .baselines import Baseline, open_model
 from .checkpoints import Checkpoint, CheckpointError, Saver, consolidate, saved_checkpoints
-from .config import ConfigError, GenerationConfig, LoopConfig, ScaleConfig, Stage1Config, Stage2Config, data_dir, preset
+from .config import BASELINES, BaselineTraining, ConfigError, GenerationConfig, LoopConfig, ScaleConfig, Stage1Config, Stage2Config
+from .config import baseline_for, data_dir, preset
 from .costs import matrix_rates, own_shapes, training_flops
 from .model import ColaDLM, free_folder, read_json, whole_file
 from .objectives import WATCHED, Noise, counted_positions, draw_stage1, draw_stage2, loss_totals, stage1_terms, stage2_terms
@@ -89,35 +91,36 @@ class NonFiniteError(ArithmeticError):
 
 
 class Trainer:
-    "Train the VAE (Stage1Config) or the prior (Stage2Config) of `model` on packed rows."
+    "Train the VAE (Stage1Config) or the prior (Stage2Config) of Cola DLM, or a rival (BaselineTraining), on packed rows."
 
     def __init__(
         self,
-        model: ColaDLM,  # trained in place; shared among the processes already if there are several
+        model: ColaDLM | Baseline,  # trained in place; shared among the processes already if there are several
         rows: Dataset,  # packed rows (see `text.corpus.pack`)
-        config: Stage1Config | Stage2Config,  # says which stage it is
+        config: Stage1Config | Stage2Config | BaselineTraining,  # says which stage it is
         out: str | os.PathLike | None = None,  # run folder for metrics and checkpoints; None: nothing is written
         held_out: Dataset | None = None,  # rows for held-out losses
-        sample: Callable[[ColaDLM], str] | None = None,  # called now and then; its text is shown
+        sample: Callable[[ColaDLM | Baseline], str] | None = None,  # called now and then; its text is shown
         scale: ScaleConfig | None = None,  # how it is computed; None: plainly
         processes: Processes = ALONE,  # who train together
     ):
+        if scale and scale.flex and isinstance(config, BaselineTraining): raise ConfigError("scale.flex is True, but rivals have no two copies: leave it out")
         if scale and scale.flex and model.device.type == "cpu": raise ConfigError("scale.flex is True, but flex attention cannot learn on a CPU: leave it out")
         block, length = model.config.tokens_per_block, len(rows[0]["tokens"]) if len(rows) else 0
         if not length or length % block: raise ConfigError(f"{len(rows)} rows of {length} tokens: give at least one, of a multiple of {block} tokens (a block)")
         self.model, self.rows, self.config, self.sample, self.text = model, rows, config, sample, _text_digest(model, rows)
-        self.stage = "stage1" if isinstance(config, Stage1Config) else "stage2"
+        self.stage = {Stage1Config: "stage1", Stage2Config: "stage2", BaselineTraining: "rival"}[type(config)]
         self.out, self.held_out, self.step, self.length = Path(out) if out else None, held_out, 0, length
         self.scale, self.processes, self.share, self.averages = scale or ScaleConfig(), processes, processes.share(config.batch_size), 0
-        names = ["vae"] if self.stage == "stage1" else ["dit", "vae"] if config.vae_lr_ratio > 0 else ["dit"]
+        names = {"stage1": ["vae"], "rival": ["net"]}.get(self.stage) or (["dit", "vae"] if config.vae_lr_ratio > 0 else ["dit"])
         self.parts = nn.ModuleDict({name: getattr(model, name) for name in names})
         model.requires_grad_(False).eval()
         self.parts.requires_grad_(True)
         self.optimizers, self.average = make_optimizers(self.parts, config), None
         joint = self.stage == "stage2" and config.vae_lr_ratio > 0 and config.lambda_ref > 0
         self.reference = _frozen_copy(model, processes) if joint else None
-        for part in (model.vae.encoder, model.vae.decoder, model.dit): part.recompute = self.scale.recompute
-        model.dit.flex = self.scale.flex
+        for part in model.stacks: part.recompute = self.scale.recompute
+        if self.stage != "rival": model.dit.flex = self.scale.flex
         self.saver = Saver(self.out, self.stage, config.keep, config.keep_every, self.scale.async_save, processes) if out else None
         self.ahead, self.next, self.feed = ThreadPoolExecutor(1), None, (-1, None)  # who read the rows of the next steps beside this one
 
@@ -178,10 +181,13 @@ def terms(
     joint: bool = False,  # whether the VAE moves in this step of stage 2
 ) -> dict[str, Tensor]:  # named scalars
     "The stage's loss terms on the given rows."
-    m, c, counted = self.model, self.config, counted_positions(document, self.model.config.tokens_per_block)
+    m, c = self.model, self.config
     # Padding goes with the document before it; documents are numbered upwards.
-    owner = document.cummax(1).values[:, :: m.config.vae.patch_size] if c.within_documents else None
+    owner = document.cummax(1).values if c.within_documents else None
+    if self.stage != "rival" and owner is not None: owner = owner[:, :: m.config.vae.patch_size]
     with torch.autocast(m.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
+        if self.stage == "rival": return m(lambda m: m.terms(tokens, document, noise, totals, owner))
+        counted = counted_positions(document, m.config.tokens_per_block)
         if self.stage == "stage1": return m(lambda m: stage1_terms(m.vae, tokens, counted, c, noise, totals, owner))
         return m(lambda m: stage2_terms(m.vae, m.dit, tokens, counted, c, noise, self.reference, totals, owner, joint))
 
@@ -189,16 +195,22 @@ def terms(
 @patch
 def _draw(self: Trainer, rows: int, step: int) -> Noise:
     "The noise of a whole batch in a step."
-    draw = draw_stage1 if self.stage == "stage1" else draw_stage2
-    device = self.model.device
+    draw, device = draw_stage1 if self.stage == "stage1" else draw_stage2, self.model.device
+    if self.stage == "rival": return self.model.draw(rows, self.length, step_generator(self.config.seed, step, device), device)
     return draw(self.config, self.model.config.vae, rows, self.length, step_generator(self.config.seed, step, device), device)
+
+
+@patch
+def _own_totals(self: Trainer, document: Tensor, noise: Noise) -> dict[str, Tensor]:
+    "What the losses of some rows are divided by."
+    if self.stage == "rival": return self.model.totals(document, noise)
+    return loss_totals(counted_positions(document, self.model.config.tokens_per_block), noise, self.model.config.vae.patch_size)
 
 
 @patch
 def _totals(self: Trainer, document: Tensor, noise: Noise) -> dict[str, Tensor]:
     "What the losses of the whole batch are divided by, added up over all processes."
-    m = self.model.config
-    own = loss_totals(counted_positions(document, m.tokens_per_block), noise, m.vae.patch_size)
+    own = self._own_totals(document, noise)
     return dict(zip(own, self.processes.sum(torch.stack(list(own.values())).float())))
 
 
@@ -328,8 +340,8 @@ def held_out_terms(self: Trainer, rows: int = 256) -> dict[str, float]:  # named
     if self.held_out is None: return {}
     rows, size, values = min(rows, len(self.held_out)), self.scale.micro_batch_size or rows, {}
     tokens, document = self._rows_of(self.held_out, range(rows))
-    noise, m = self._draw(rows, -1), self.model.config
-    totals = loss_totals(counted_positions(document, m.tokens_per_block), noise, m.vae.patch_size)
+    noise = self._draw(rows, -1)
+    totals = self._own_totals(document, noise)
     with self.averaged():
         for part in (slice(first, first + size) for first in range(0, rows, size)):
             found = self.terms(tokens[part], document[part], noise[part], totals, self.stage == "stage2" and self.config.vae_lr_ratio > 0)
@@ -358,7 +370,7 @@ def save(self: Trainer) -> Path:  # the checkpoint's folder
     return self.saver.save(self.step, self._tensors(), state, more)
 
 
-def _text_digest(model: ColaDLM, rows: Dataset) -> str:
+def _text_digest(model: ColaDLM | Baseline, rows: Dataset) -> str:
     "A fingerprint of tokenizer and rows, by which a changed text is found."
     ends = [list(map(int, rows[i]["tokens"])) for i in (0, len(rows) - 1)]
     spelled = model.tokenizer.to_str() if model.tokenizer is not None else ""
@@ -371,7 +383,7 @@ FREE = ("log_every", "sample_every", "save_every", "keep", "keep_every")  # sett
 
 def _newest(
     out: Path,  # run folder
-    stage: str,  # stage1 or stage2
+    stage: str,  # stage1, stage2 or rival
     config: LoopConfig,  # settings to go on with
     text: str,  # fingerprint of the rows to go on with
     older: bool = False,  # where the newest is damaged, take the one before
@@ -474,7 +486,8 @@ SHOWN = ("loss", "reconstruction", "flow_matching", "accuracy", "tokens_per_seco
 def _ceiling(self: Trainer) -> float:  # tokens per second
     "How fast a step could be if all its operations ran at the fastest rate that products of its own sizes reach here."
     c, m, device, rows = self.config, self.model.config, self.model.device, self.config.batch_size // self.processes.world
-    shapes = own_shapes(m, 2 * (self.scale.micro_batch_size or rows) * self.length // m.vae.patch_size)
+    at_once = (self.scale.micro_batch_size or rows) * self.length
+    shapes = own_shapes(m, at_once if self.stage == "rival" else 2 * at_once // m.vae.patch_size)
     rates = matrix_rates(shapes, device, torch.bfloat16 if c.precision == "bf16" else torch.float32)
     return self.processes.world * max(rates.values()) / sum(training_flops(m, self.length, c, rows=rows).values())
 
@@ -493,7 +506,7 @@ class RunWriter:
     def __init__(
         self,
         out: Path,  # run folder
-        stage: str,  # stage1 or stage2
+        stage: str,  # stage1, stage2 or rival
         step: int,  # steps done when the log is taken up
         tensorboard: bool = False,  # for TensorBoard too, in out/tensorboard
     ):
@@ -536,12 +549,13 @@ def _board(folder: Path, step: int):
 class RunConfig:
     "Everything that decides a training run."
 
+    kind: str = "cola"  # cola; or a rival: ar, llada or plaid
     init: str | None = None  # a model folder to go on from, tokenizer included; None: new weights
     source: str = "stories"  # the story corpus, a file or folder of text, a folder of token shards, or a hub data set's name
     text_column: str = "text"  # column of jsonl, parquet and hub data
     broken: str = "raise"  # broken lines and rows of the source: raise, or skip (left out and counted)
     size: str = "tiny"  # preset: tiny, small, full, or a width on the dial such as 512
-    changes: dict = field(default_factory=dict)  # fields of the preset to change
+    changes: dict = field(default_factory=dict)  # fields of the preset to change; for a rival, of its BaselineConfig
     tokenizer: str | None = None  # a tokenizer.json to use; None: train one
     vocab_size: int | None = None  # tokens of a trained tokenizer; None: the preset's
     length: int | None = None  # tokens in a row; None: 80 for stories, 128 otherwise
@@ -549,6 +563,7 @@ class RunConfig:
     from_scratch: bool = False  # stage 2 alone may begin with an untrained VAE, which then learns too
     stage1: Stage1Config = Stage1Config()  # training of the VAE
     stage2: Stage2Config = Stage2Config()  # training of the prior
+    rival: BaselineTraining = BaselineTraining()  # training of a rival
     generation: GenerationConfig = GenerationConfig(steps=32, renew_below=0.5)  # settings stored with the model
     scale: ScaleConfig = ScaleConfig()  # how it is computed; may change on the way
 
@@ -560,6 +575,7 @@ class RunConfig:
         for name in ("source", "text_column", "size"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value: raise ConfigError(f"{name} is {value!r}, but must be a name")
+        if self.kind not in ("cola", *BASELINES): raise ConfigError(f"kind is {self.kind!r}, but must be cola or one of {', '.join(BASELINES)}")
         if not isinstance(self.changes, dict): raise ConfigError(f"changes is {self.changes!r}, but must name fields: --set changes.patch_size=2")
         if taken := {"name", "vocab_size"} & self.changes.keys(): raise ConfigError(f"changes holds {sorted(taken)}: set size and vocab_size themselves")
         theirs = [name for name in ("vocab_size", "changes") if getattr(self, name)]
@@ -567,6 +583,11 @@ class RunConfig:
         if self.from_scratch and (self.init or not self.stage2.vae_lr_ratio or self.stage2.lambda_ref):
             raise ConfigError("from_scratch is for a new VAE that learns with the prior: leave out init, and set stage2.vae_lr_ratio=1 stage2.lambda_ref=0")
         if self.tokenizer and self.vocab_size: raise ConfigError("vocab_size is for a tokenizer that is trained: leave it out beside tokenizer")
+
+    @property
+    def all_stages(self) -> tuple[str, ...]:  # in their order
+        "What a whole run consists of."
+        return ("stage1", "stage2") if self.kind == "cola" else ("rival",)
 
 # %% ../nbs/10_training.ipynb #fe91f494
 def _texts(run: RunConfig, cache_dir) -> tuple[Dataset, Dataset | None]:
@@ -580,25 +601,30 @@ def _texts(run: RunConfig, cache_dir) -> tuple[Dataset, Dataset | None]:
     return made("train", run.stories), made("validation", 500)
 
 
-def _new_model(run: RunConfig, texts: Dataset, device: torch.device | str) -> ColaDLM:
+def _new_model(run: RunConfig, texts: Dataset, device: torch.device | str) -> ColaDLM | Baseline:
     "The model of `run.init`, or one with new weights and the tokenizer given, or trained on `texts`."
     if run.init: return _given_model(run, device)
-    config = preset(run.size, vocab_size=run.vocab_size, **run.changes)
+    config = preset(run.size, vocab_size=run.vocab_size, **(run.changes if run.kind == "cola" else {}))
     tokenizer = load_tokenizer(run.tokenizer, add=True) if run.tokenizer else train_tokenizer(first_texts(texts), config.vae.vocab_size)
     vae, (pad_id, end_id) = replace(config.vae, vocab_size=needed_vocabulary(tokenizer)), special_ids(tokenizer)
-    torch.manual_seed(run.stage1.seed)
-    with torch.device(device): return ColaDLM(replace(config, vae=vae, pad_id=pad_id, end_id=end_id), tokenizer)
+    config = replace(config, vae=vae, pad_id=pad_id, end_id=end_id)
+    torch.manual_seed(getattr(run, run.all_stages[0]).seed)
+    with torch.device(device):
+        if run.kind != "cola": return Baseline.make(baseline_for(config, run.kind, **run.changes), tokenizer)
+        return ColaDLM(config, tokenizer)
 
 
-def _given_model(run: RunConfig, device: torch.device | str) -> ColaDLM:
+def _given_model(run: RunConfig, device: torch.device | str) -> ColaDLM | Baseline:
     "The model of `run.init`, with the tokenizer given where it has none."
-    model = ColaDLM.from_pretrained(run.init, device)
+    model = open_model(run.init, device)
+    kind = getattr(model, "kind", "cola")
+    if kind != run.kind: raise ConfigError(f"{run.init} holds a model of the kind {kind}, but kind is {run.kind}: give the same")
     if model.tokenizer is None and not run.tokenizer: raise ConfigError(f"{run.init} has no tokenizer.json, so no text can be read: give --tokenizer")
     if model.tokenizer is not None and run.tokenizer: raise ConfigError(f"{run.init} brings its own tokenizer: leave out tokenizer")
     if model.tokenizer is not None: return model
     tokenizer = load_tokenizer(run.tokenizer)
     ids = dict(zip(("pad_id", "end_id"), special_ids(tokenizer)))
-    with torch.device("meta"): named = ColaDLM(replace(model.config, **ids), tokenizer, model.generation)
+    with torch.device("meta"): named = type(model)(replace(model.config, **ids), tokenizer, model.generation)
     named.load_state_dict(model.state_dict(), assign=True)
     return named
 
@@ -608,7 +634,7 @@ def prepare(
     run: RunConfig,  # names the text
     cache_dir: str | os.PathLike | None = None,  # of prepared rows; None: the default cache of `datasets`
     device: torch.device | str = "cpu",  # where the weights are made
-) -> tuple[ColaDLM, Dataset, Dataset]:  # the model to train, training rows, held-out rows
+) -> tuple[ColaDLM | Baseline, Dataset, Dataset]:  # the model to train, training rows, held-out rows
     "Tokenizer, model and packed rows; raises `ConfigError`, `CorpusError`, `ModelFileError` with what is wrong."
     if (Path(run.source) / "index.json").is_file(): return _prepared(run, device)
     texts, held_texts = _texts(run, cache_dir)
@@ -621,7 +647,7 @@ def prepare(
     return model, rows, held_out
 
 
-def _prepared(run: RunConfig, device: torch.device | str) -> tuple[ColaDLM, Dataset, Dataset]:
+def _prepared(run: RunConfig, device: torch.device | str) -> tuple[ColaDLM | Baseline, Dataset, Dataset]:
     "The same from a folder of token shards, with the tokenizer that lies there unless another is given."
     own = run.init or run.tokenizer
     model = _new_model(run if own else replace(run, tokenizer=str(Path(run.source) / "tokenizer.json")), None, device)
@@ -638,19 +664,20 @@ def _prepared(run: RunConfig, device: torch.device | str) -> tuple[ColaDLM, Data
 def train(
     run: RunConfig,  # what to train on what
     out: str | os.PathLike,  # run folder: run.json, metrics.jsonl, checkpoints/, model/
-    stages: tuple[str, ...] = ("stage1", "stage2"),  # which stages to run
-    sample: Callable[[ColaDLM], str] | None = None,  # called on the model now and then in stage 2
+    stages: tuple[str, ...] | None = None,  # of Cola DLM's two, stage1 and stage2, those to run; None: all there are
+    sample: Callable[[ColaDLM | Baseline], str] | None = None,  # called on the model now and then, but not in stage 1
     device: torch.device | str = "cpu",  # where to train
     progress: bool = True,  # show progress bars
     cache_dir: str | os.PathLike | None = None,  # of prepared rows
     older: bool = False,  # where the newest checkpoint is damaged, go on from the one before
-) -> ColaDLM:  # trained, in evaluation mode; also saved in out/model
-    "Run both stages, continuing the run found in `out`; raises `ConfigError` if `out` holds another run. Nothing is written before all is checked."
+) -> ColaDLM | Baseline:  # trained, in evaluation mode; also saved in out/model
+    "Run all stages, continuing the run found in `out`; raises `ConfigError` if `out` holds another run. Nothing is written before all is checked."
     out, model_folder = Path(out), free_folder(Path(out) / "model")
-    if not stages or set(stages) - {"stage1", "stage2"}: raise ConfigError(f"stages is {list(stages)}, but may hold stage1 and stage2")
+    stages = run.all_stages if stages is None else tuple(stages)
+    if not stages or {*stages} - {*run.all_stages}: raise ConfigError(f"stages is {list(stages)}, but may hold {' and '.join(run.all_stages)}")
     _refuse_other_run(run, out)
     if run.from_scratch and "stage1" in stages: raise ConfigError("from_scratch has no stage 1: give --stages stage2")
-    needs_vae = "stage1" not in stages and not run.init and not run.from_scratch
+    needs_vae = run.kind == "cola" and "stage1" not in stages and not run.init and not run.from_scratch
     if needs_vae and not model_folder.exists(): raise ConfigError(f"stage 2 alone needs a trained VAE: run stage 1 into {out} first")
     with join(str(device), run.scale.shards) as (processes, place):
         for stage in stages: processes.share(getattr(run, stage).batch_size)
@@ -662,7 +689,7 @@ def train(
         if needs_vae: model.vae.load_state_dict(ColaDLM.from_pretrained(model_folder).vae.state_dict())
         _make_ready(model, run.scale, processes)
         for stage in sorted(set(stages)):
-            given = (model, rows, getattr(run, stage), out, held_out, sample if stage == "stage2" else None, run.scale, processes)
+            given = (model, rows, getattr(run, stage), out, held_out, sample if stage != "stage1" else None, run.scale, processes)
             _train_stage(Trainer(*given), model_folder, progress, older, newest[stage])
         return model.requires_grad_(False).eval()
 
@@ -675,10 +702,10 @@ def _first_alone(processes: Processes, work: Callable) -> Any:
     return result if processes.first else work()
 
 
-def _make_ready(model: ColaDLM, scale: ScaleConfig, processes: Processes) -> None:
+def _make_ready(model: ColaDLM | Baseline, scale: ScaleConfig, processes: Processes) -> None:
     "Compile the blocks and share the weights, in this order."
     if scale.compile:
-        for block in (*model.vae.encoder.blocks, *model.vae.decoder.blocks, *model.dit.blocks): block.compile(dynamic=False)
+        for block in (block for part in model.stacks for block in part.blocks): block.compile(dynamic=False)
     share_weights(model, processes)
 
 
@@ -689,16 +716,17 @@ def _train_stage(trainer: Trainer, model_folder: Path, progress: bool, older: bo
     if trainer.average: trainer._put(trainer.average)
     found = saved_checkpoints(trainer.out, trainer.stage)
     # A finished prior must not be overwritten by stage 1, which has none, when the same run is asked for again.
-    if trainer.processes.first and (trainer.stage == "stage2" or not saved_checkpoints(trainer.out, "stage2")): consolidate(found[-1], model_folder)
+    if trainer.processes.first and (trainer.stage != "stage1" or not saved_checkpoints(trainer.out, "stage2")): consolidate(found[-1], model_folder)
     trainer.processes.gather(None)
 
 
 def _refuse_other_run(run: RunConfig, out: Path) -> None:
     "Raise `ConfigError` where `out` holds the results of a run on other text or of another size."
     path = out / "run.json"
-    if not path.exists() or not ((out / "model").exists() or saved_checkpoints(out, "stage1") or saved_checkpoints(out, "stage2")): return
+    if not path.exists() or not ((out / "model").exists() or any(saved_checkpoints(out, stage) for stage in ("stage1", "stage2", "rival"))): return
     then, now = json.loads(json.dumps(read_json(path))), json.loads(json.dumps(asdict(run)))
-    changed = [f"{k}: {then[k]!r} then, {now[k]!r} now" for k in now.keys() & then.keys() - {"stage1", "stage2", "generation", "scale"} if then[k] != now[k]]
+    same = now.keys() & then.keys() - {"stage1", "stage2", "rival", "generation", "scale"}
+    changed = [f"{k}: {then[k]!r} then, {now[k]!r} now" for k in same if then[k] != now[k]]
     if changed: raise ConfigError(f"{out} holds another run ({'; '.join(sorted(changed))}): choose another folder, or the same settings")
 
 
@@ -708,6 +736,6 @@ def read_run(
 ) -> RunConfig:  # checked
     "The settings of a run; raises `ModelFileError` for what is no JSON object, and `ConfigError` for one that is no such record."
     stored = read_json(Path(path))
-    parts = {"stage1": Stage1Config, "stage2": Stage2Config, "generation": GenerationConfig, "scale": ScaleConfig}
+    parts = {"stage1": Stage1Config, "stage2": Stage2Config, "rival": BaselineTraining, "generation": GenerationConfig, "scale": ScaleConfig}
     try: return RunConfig(**stored | {name: kind(**stored.get(name, {})) for name, kind in parts.items()})
     except TypeError as error: raise ConfigError(f"{path} is no run.json of this version: {error}") from error
