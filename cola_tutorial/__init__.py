@@ -36,6 +36,7 @@ _rooms = (
     "evaluation",
     "editing",
     "verify",
+    "story_tasks",
     "report",
     "bench",
     "bench_training",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from cola_tutorial.evaluation import *
     from cola_tutorial.editing import *
     from cola_tutorial.verify import *
+    from cola_tutorial.story_tasks import *
     from cola_tutorial.report import *
     from cola_tutorial.bench import *
     from cola_tutorial.bench_training import *

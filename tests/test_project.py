@@ -56,6 +56,7 @@ FLOORS = {
     "evaluation": 5,
     "editing": 5,
     "verify": 5,
+    "story_tasks": 6,
     "report": 6,
     "bench": 6,
     "bench_training": 9,
