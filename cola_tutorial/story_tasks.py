@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import product
 from random import Random
 
@@ -21,8 +21,7 @@ from fastcore.basics import patch
 
 from .config import GenerationConfig
 from .evaluation import Score, wilson
-from .generation import Generation, generate
-from .model import ColaDLM
+from .generation import Generation
 from .text.stories import Grammar, Segment, Story
 
 # %% ../nbs/13c_story_tasks.ipynb #541cbecd
@@ -345,14 +344,13 @@ def _check_asked(model: object, items: Sequence[StoryItem], method: str) -> None
     "Raise `StoryTaskError` unless `model` can be asked with this method."
     if not items: raise StoryTaskError("there are no items: make at least one with story_items")
     if getattr(model, "tokenizer", items) is None: raise StoryTaskError("the model has no tokenizer, so it cannot read stories: load one that has")
-    if not hasattr(model, method) and not (method == "generate" and isinstance(model, ColaDLM)):
+    if not hasattr(model, method):
         raise StoryTaskError(f"a {type(model).__name__} has no {method}(), so it cannot be asked this way")
 
 # %% ../nbs/13c_story_tasks.ipynb #330d4b13
 def _written(model: object, prompts: list[str], config: GenerationConfig | None, seeds: Sequence[int]) -> list[str]:
     "What a model writes after each prompt."
-    write = model.generate if hasattr(model, "generate") else partial(generate, model)
-    texts = list(write(prompts, config, seeds=seeds).texts)
+    texts = list(model.generate(prompts, config, seeds=seeds).texts)
     if len(texts) != len(prompts): raise StoryTaskError(f"the model wrote {len(texts)} texts for {len(prompts)} prompts")
     return texts
 
