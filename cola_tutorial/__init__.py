@@ -37,6 +37,7 @@ _rooms = (
     "tasks",
     "editing",
     "verify",
+    "story_tasks",
     "report",
     "bench",
     "bench_training",
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from cola_tutorial.tasks import *
     from cola_tutorial.editing import *
     from cola_tutorial.verify import *
+    from cola_tutorial.story_tasks import *
     from cola_tutorial.report import *
     from cola_tutorial.bench import *
     from cola_tutorial.bench_training import *

@@ -117,20 +117,24 @@ class Baseline(nn.Module):
         "compute(self, *given): the one door through which processes that share the weights gather them."
         return compute(self, *given)
 
-    @property
-    def device(self) -> torch.device:
-        "Where the weights live."
-        return self.net.final_layer.weight.device
 
-    @property
-    def stacks(self) -> tuple[nn.Module, ...]:  # each with `blocks`
-        "The parts that are stacks of blocks."
-        return (self.net,)
+# %% ../nbs/12_baselines.ipynb #3ae431f9
+@patch(as_prop=True)
+def device(self: Baseline) -> torch.device:
+    "Where the weights live."
+    return self.net.final_layer.weight.device
 
-    @property
-    def vocab_size(self) -> int:
-        "V: token ids are 0..V-1."
-        return self.config.vocab_size
+
+@patch(as_prop=True)
+def stacks(self: Baseline) -> tuple[nn.Module, ...]:  # each with `blocks`
+    "The parts that are stacks of blocks."
+    return (self.net,)
+
+
+@patch(as_prop=True)
+def vocab_size(self: Baseline) -> int:
+    "V: token ids are 0..V-1."
+    return self.config.vocab_size
 
 # %% ../nbs/12_baselines.ipynb #b3b6398a
 def _initialise(module: nn.Module) -> None:

@@ -373,6 +373,7 @@ class BaselineTraining(LoopConfig):
 
     learning_rate: float = 3e-3  # peak learning rate of the tiny size
     warmup_steps: int = 100  # linear warm-up to the peak
+    ema_decay: float = 0.99  # decay of the average of the weights, as in stage 2
 
 # %% ../nbs/01_config.ipynb #4b98e223
 def _freeze(config, names: str) -> None:

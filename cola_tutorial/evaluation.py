@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .config import ConfigError, GenerationConfig
-from .generation import generate
+from .generation import Generation
 from .model import ColaDLM
 from .objectives import draw_latents
 from .text.stories import Grammar
@@ -104,8 +104,8 @@ def continue_prompts(
     out = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
-        texts = generate(model, part, config, seeds=range(start, start + len(part))).texts
-        out += [Continuation(p, t) for p, t in zip(part, texts)]
+        written: Generation = model.generate(part, config, seeds=range(start, start + len(part)))
+        out += [Continuation(p, t) for p, t in zip(part, written.texts)]
     return out
 
 

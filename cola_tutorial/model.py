@@ -57,6 +57,7 @@ def check_tokenizer(
         raise ConfigError(f"the tokenizer has {needed} tokens, but the model only {vocab_size}: raise vocab_size")
 
 
+# %% ../nbs/08_model.ipynb #f12ee275
 class ColaDLM(nn.Module):
     "A Text VAE, a block-causal DiT prior and, where there is one, their tokenizer."
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'ReportError', 'RunHistory', 'read_metrics', 'News', 'Follower', 'value_label', 'stage_label',
-           'is_logarithmic', 'planned_steps', 'thinned', 'smoothed', 'plot_runs', 'run_names', 'summary',
+           'is_logarithmic', 'planned_steps', 'thinned', 'smoothed', 'plot_runs', 'run_names', 'summary', 'write_page',
            'write_report']
 
 # %% ../nbs/10e_report.ipynb #129a82ba
@@ -588,6 +588,23 @@ def _key(smoothing: float) -> str:
         curve += f"where there are at least {_ENOUGH} lines; never for learning rates and speeds."
     return f"{curve} Diamonds: held-out text. Of more than 2,000 lines, every n-th is drawn. Positive values that change tenfold have a logarithmic axis."
 
+# %% ../nbs/10e_report.ipynb #dcc67f1c
+def write_page(
+    path: str | os.PathLike,  # the page, such as report.html
+    title: str,  # of the window
+    head: str,  # HTML of the bar that stays in sight
+    content: str,  # HTML of the page
+    before: str = "",  # program that the content needs
+    after: str = "",  # program that needs the content
+) -> None:
+    "Write a page that needs neither a network nor other files, whole or not at all; raises `ReportError` where a folder is in the way."
+    if Path(path).is_dir(): raise ReportError(f"{path} is a folder: name the file to write, such as {Path(path) / 'report.html'}")
+    page = (
+        f"<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{html.escape(title)}</title>"
+        f"<style>{_STYLE}</style><script>{before}</script></head><body><header>{head}</header><main>{content}</main><script>{after}</script></body></html>\n"
+    )
+    with whole_file(path) as part: part.write_text(page, encoding="utf-8")
+
 # %% ../nbs/10e_report.ipynb #1339a470
 def write_report(
     runs: Sequence[str | os.PathLike],  # run folders, at least one
@@ -601,15 +618,9 @@ def write_report(
     smoothed([], smoothing)
     logs = [read_metrics(run) for run in runs]
     if not any(log.entries for log in logs): raise ReportError(f"no run has logged a complete line yet: {', '.join(str(log.folder) for log in logs)}")
-    if Path(path).is_dir(): raise ReportError(f"{path} is a folder: name the file to write, such as {Path(path) / 'report.html'}")
     names = run_names(logs)
     boxes = "".join(f"<label><input type=checkbox checked name=run{i}> {_chip(i)}{html.escape(name)}</label>" for i, name in enumerate(names))
     sections = "".join(f"<section><h2>{heading}</h2>{content}</section>" for heading, content in _sections(logs, names, smoothing))
-    title = html.escape(", ".join(names))
-    page = (
-        f"<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{title}: training report</title>"
-        f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head><body><header><h1>Training report</h1>{boxes}</header>"
-        f"<main><p>{_key(smoothing)}</p>{sections}</main><script>{_SCRIPT}</script></body></html>\n"
-    )
-    with whole_file(path) as part: part.write_text(page, encoding="utf-8")
+    title = f"{', '.join(names)}: training report"
+    write_page(path, title, f"<h1>Training report</h1>{boxes}", f"<p>{_key(smoothing)}</p>{sections}", get_plotlyjs(), _SCRIPT)
     return Path(path)

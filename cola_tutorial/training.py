@@ -584,10 +584,12 @@ class RunConfig:
             raise ConfigError("from_scratch is for a new VAE that learns with the prior: leave out init, and set stage2.vae_lr_ratio=1 stage2.lambda_ref=0")
         if self.tokenizer and self.vocab_size: raise ConfigError("vocab_size is for a tokenizer that is trained: leave it out beside tokenizer")
 
-    @property
-    def all_stages(self) -> tuple[str, ...]:  # in their order
-        "What a whole run consists of."
-        return ("stage1", "stage2") if self.kind == "cola" else ("rival",)
+
+# %% ../nbs/10_training.ipynb #cb5f27dc
+@patch(as_prop=True)
+def all_stages(self: RunConfig) -> tuple[str, ...]:  # in their order
+    "What a whole run consists of."
+    return ("stage1", "stage2") if self.kind == "cola" else ("rival",)
 
 # %% ../nbs/10_training.ipynb #fe91f494
 def _texts(run: RunConfig, cache_dir) -> tuple[Dataset, Dataset | None]:

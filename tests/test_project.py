@@ -58,6 +58,7 @@ FLOORS = {
     "harness": 7,
     "editing": 5,
     "verify": 5,
+    "story_tasks": 6,
     "report": 6,
     "bench": 6,
     "bench_training": 9,

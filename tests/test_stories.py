@@ -134,6 +134,10 @@ def check_against_brute_force(spec: dict) -> None:
         (story,) = grammar.parse(text)
         assert story.choices == choices and math.isclose(story.log_prob, math.log(p), abs_tol=1e-9)
         assert grammar.contradictions(text) == []
+    for begun in {text[:cut] for text, _, _ in every[:: max(1, len(every) // 5)] for cut in range(len(text) + 1)}:
+        listed = math.fsum(p for text, p, _ in every if text.startswith(begun))
+        assert math.isclose(math.exp(grammar.prefix_log_prob(begun)), listed, rel_tol=1e-9), begun
+        assert grammar.prefix_log_prob(begun + "?") == -math.inf
     spaces = [text.count(" ") + 1 for text, _, _ in every]
     assert grammar.word_range() == (min(spaces), max(spaces))
     held_out = sum(p for _, p, choices in every if grammar.split_of(choices) == "validation")
@@ -190,6 +194,61 @@ def test_samples_follow_the_probabilities():
     assert chi < len(probs) + 5 * math.sqrt(2 * len(probs))
 
 
+@pytest.mark.parametrize("slot", [1, 3, 4])
+def test_a_part_that_begins_later_agrees_with_brute_force(slot):
+    "What came before is forgotten: the part is a story of a grammar that has only the later slots."
+    grammar, later = Grammar.from_dict(TINY), spell_all(TINY | {"slots": TINY["slots"][slot:]}) if slot < 4 else [("", 1.0, {})]
+    for begun in {text[:cut] for text, _, _ in later for cut in range(len(text) + 1)}:
+        listed = math.fsum(p for text, p, _ in later if text.startswith(begun))
+        assert math.isclose(math.exp(grammar.prefix_log_prob(begun, slot)), listed, rel_tol=1e-9), begun
+
+
+def test_beliefs_agree_with_brute_force():
+    grammar, every = Grammar.from_dict(TINY), spell_all(TINY)
+    for begun in ("", "M", "Tom had a dar", "Tom had a red kite. ", "Mia had a blue kite. She ran. It was ", "Tom had a red kite. Rainy was the day. R"):
+        fitting = [(p, choices) for text, p, choices in every if text.startswith(begun)]
+        total = sum(p for p, _ in fitting)
+        for name, law in grammar.beliefs(begun).items():
+            assert law == pytest.approx({v: sum(p for p, choices in fitting if choices[name] == v) / total for v in law}), (begun, name)
+
+
+BEGINNINGS = [("", 0), ("T", 0), ("Mia had a dar", 0), ("Mia had a red kite. ", 0), ("Mia had a red kite.", 0), ("She ran. It was ", 1), ("R", 2), ("", 3)]
+
+
+@pytest.mark.parametrize("begun, slot", BEGINNINGS)
+def test_completions_follow_the_conditional_probabilities(begun, slot):
+    grammar, rng, size = Grammar.from_dict(TINY), Random(5), 6_000
+    probs = defaultdict(float)
+    for text, p, _ in spell_all(TINY | {"slots": TINY["slots"][slot:]}): probs[text] += p * text.startswith(begun)
+    total = sum(probs.values())
+    probs = {text: p / total for text, p in probs.items() if p}
+    seen = Counter(begun + "".join(grammar.complete(begun, rng, slot)) for _ in range(size))
+    assert set(seen) <= set(probs)
+    chi = sum((seen[text] - size * p) ** 2 / (size * p) for text, p in probs.items())
+    assert chi < len(probs) + 5 * math.sqrt(2 * len(probs))
+
+
+def test_a_completion_comes_slot_by_slot(stories, sample):
+    rng = Random(6)
+    for story in sample[:60]:
+        begun = story.text[: int(rng.random() * len(story.text))]
+        parts = stories.complete(begun, rng)
+        assert stories.is_story(begun + "".join(parts)) and all(part.startswith(" ") and part.endswith(".") for part in parts[1:])
+    assert stories.complete(story.text, rng) == [""]
+    last = stories.complete(story.text[: story.text.rindex(".")], rng)
+    assert last == ["."]
+
+
+def test_a_beginning_of_no_story_is_named(stories):
+    with pytest.raises(ValueError, match="no story begins with 'Once'"):
+        stories.complete("Once", Random(0))
+    with pytest.raises(ValueError, match="no story begins with 'Once'"):
+        stories.beliefs("Once")
+    for slot in (-1, 8):
+        with pytest.raises(ValueError, match="slot"):
+            stories.prefix_log_prob("", slot)
+
+
 def test_shipped_stories_are_read_back_exactly(stories, sample):
     for story in sample[:1500]:
         assert stories.parse(story.text) == [story]
@@ -201,6 +260,18 @@ def test_shipped_stories_are_read_back_exactly(stories, sample):
 def test_shipped_story_with_a_fact_changed_is_no_story(stories, sample):
     for story in sample[:100]:
         assert not stories.is_story(swap_last(story, "colour", "red" if story.choices["colour"] != "red" else "blue"))
+
+
+def test_shipped_beginnings_multiply_to_the_whole(stories, sample):
+    "By the chain rule the surprises of all words of a story add up to its own; a changed fact has probability zero."
+    for story in sample[:20]:
+        words = [0, *(found.start() for found in re.finditer(" ", story.text)), len(story.text)]
+        logs = [stories.prefix_log_prob(story.text[:end]) for end in words]
+        assert logs[0] == 0 and all(b <= a + 1e-9 for a, b in itertools.pairwise(logs))
+        assert math.isclose(logs[-1], story.log_prob, rel_tol=1e-9)
+        other = next(value for value in stories.choices[5].values.items if value != story.choices["colour"])
+        place = story.text.rindex(story.choices["colour"])
+        assert stories.prefix_log_prob(story.text[:place] + other) == -math.inf
 
 
 def test_shipped_entropy_is_the_mean_surprise(stories, sample):

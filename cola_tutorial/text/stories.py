@@ -610,6 +610,121 @@ def story(
         values = self._draw_values(rng)
     return self._write(values, rng)
 
+# %% ../../nbs/02_stories.ipynb #8c309d89
+@dataclass(frozen=True)
+class _Reading:  # one way to read the beginning of a story
+    log: float  # natural logarithm of the probability of its templates and local symbols
+    masks: tuple[int, ...]  # bits of the values that each choice can still have
+    rest: str  # letters missing from the form it ends in
+    segments: tuple[Segment, ...]  # what its sentence needs after them
+    slot: int  # the next slot
+
+
+def _read_template(segments: tuple[Segment, ...], text: str, at: int, masks: tuple[int, ...], log: float) -> Iterator[tuple]:
+    todo = [(0, at, masks, log)]  # gives (at, masks, log, rest, segments left); rest is None where the template is complete
+    while todo:
+        place, at, masks, log = todo.pop()
+        if place == len(segments) or at == len(text):
+            yield at, masks, log, None if place == len(segments) else "", segments[place:]
+            continue
+        segment = segments[place]
+        for form, mask, more in segment.readings:
+            left = tuple(m & mask if number == segment.choice else m for number, m in enumerate(masks))
+            if not all(left): continue
+            if text.startswith(form, at): todo.append((place + 1, at + len(form), left, log + more))
+            elif form.startswith(text[at:]): yield len(text), left, log + more, form[len(text) - at :], segments[place + 1 :]
+
+# %% ../../nbs/02_stories.ipynb #27265312
+@patch
+def _readings(self: Grammar, text: str, slot: int) -> Iterator[_Reading]:  # of a text that begins with this slot
+    if not 0 <= slot <= len(self.slots): raise ValueError(f"slot is {slot}, but must be a whole number from 0 to {len(self.slots)}")
+    todo = [(slot, 0, self._all, 0.0)]
+    while todo:
+        number, at, masks, log = todo.pop()
+        if at == len(text): yield _Reading(log, masks, "", (), number)
+        elif number < len(self.slots) and (number == slot or text[at] == " "):
+            one = self.slots[number]
+            for bank, templates in enumerate(one.segments):
+                left = tuple(m & 1 << bank if choice == one.choice else m for choice, m in enumerate(masks))
+                if not all(left): continue
+                for more, segments in zip(one.banks[bank].logs, templates):
+                    for end, m, logs, rest, missing in _read_template(segments, text, at + (number > slot), left, log + more):
+                        if rest is None: todo.append((number + 1, end, m, logs))
+                        else: yield _Reading(logs, m, rest, missing, number + 1)
+
+
+@patch
+def _weight(self: Grammar, reading: _Reading) -> float:  # natural logarithm of its probability
+    open_values = zip(self.choices, reading.masks)
+    sums = (math.fsum(p for v, p in enumerate(choice.values.probs) if mask >> v & 1) for choice, mask in open_values)
+    return reading.log + math.fsum(map(math.log, sums))
+
+# %% ../../nbs/02_stories.ipynb #170c5b71
+@patch
+def prefix_log_prob(
+    self: Grammar,
+    text: str,  # first characters of a story, or of its part from `slot` on
+    slot: int = 0,  # number of the slot with which the text begins
+) -> float:  # nats, at most 0; -inf if no story begins so
+    "Exact log-probability that a story begins with these characters; what came before slot `slot` is forgotten."
+    logs = [self._weight(reading) for reading in self._readings(text, slot)]
+    if not logs: return -math.inf
+    most = max(logs)
+    return min(0.0, most + math.log(math.fsum(math.exp(log - most) for log in logs)))
+
+# %% ../../nbs/02_stories.ipynb #11f5a3a5
+@patch
+def beliefs(
+    self: Grammar,
+    text: str,  # first characters of a story
+) -> dict[str, dict[str, float]]:  # name of the choice -> value -> probability
+    "Exact distribution of every hidden choice, given how the story begins; raises `ValueError` if no story begins so."
+    readings = list(self._readings(text, 0))
+    if not readings: raise ValueError(f"no story begins with {text!r:.200}: give the first characters of one, word for word")
+    logs = [self._weight(reading) for reading in readings]
+    weights = [math.exp(log - max(logs)) for log in logs]
+    told = {}
+    for number, choice in enumerate(self.choices):
+        mass = [0.0] * len(choice.values.items)
+        for weight, reading in zip(weights, readings):
+            probs = [p * (reading.masks[number] >> v & 1) for v, p in enumerate(choice.values.probs)]
+            mass = [m + weight * p / math.fsum(probs) for m, p in zip(mass, probs)]
+        told[choice.name] = {value: m / math.fsum(weights) for value, m in zip(choice.values.items, mass)}
+    return told
+
+# %% ../../nbs/02_stories.ipynb #14c5bf9d
+def _draw(weights: list[float], rng: Random) -> int:  # a place, with probability proportional to its weight
+    cuts = list(accumulate(weights))
+    return bisect(cuts, rng.random() * cuts[-1], hi=len(cuts) - 1)
+
+
+@patch
+def complete(
+    self: Grammar,
+    text: str,  # first characters of a story, or of its part from `slot` on
+    rng: Random,  # where the randomness comes from
+    slot: int = 0,  # number of the slot with which the text begins
+) -> list[str]:  # the rest of the slot that the text ends in (perhaps empty), then one text for each later slot, spaces included
+    "Draw the rest of a story that begins so, with exactly the grammar's probabilities; raises `ValueError` if none does."
+    readings = list(self._readings(text, slot))
+    if not readings: raise ValueError(f"no story begins with {text!r:.200}: give the first characters of one, word for word")
+    logs = [self._weight(reading) for reading in readings]
+    one = readings[_draw([math.exp(log - max(logs)) for log in logs], rng)]
+    probs = ([p * (mask >> v & 1) for v, p in enumerate(c.values.probs)] for c, mask in zip(self.choices, one.masks))
+    values = tuple(_draw(weights, rng) for weights in probs)
+    parts = [one.rest + self._fill(one.segments, values, rng)]
+    for number in range(one.slot, len(self.slots)):
+        bank = self.slots[number].bank(values)
+        segments = self.slots[number].segments[bank][self.slots[number].banks[bank].draw(rng)]
+        parts.append(" " * (number > slot) + self._fill(segments, values, rng))
+    return parts
+
+
+@patch
+def _fill(self: Grammar, segments: tuple[Segment, ...], values: tuple[int, ...], rng: Random) -> str:
+    places = (values[s.choice] if s.choice >= 0 else s.local.draw(rng) if s.local else 0 for s in segments)
+    return "".join(segment.forms[place] for segment, place in zip(segments, places))
+
 # %% ../../nbs/02_stories.ipynb #406c308d
 @dataclass(frozen=True)
 class Claim:
