@@ -32,6 +32,7 @@ _rooms = (
     "training",
     "plain",
     "plain_training",
+    "likelihood",
     "evaluation",
     "editing",
     "verify",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from cola_tutorial.training import *
     from cola_tutorial.plain import *
     from cola_tutorial.plain_training import *
+    from cola_tutorial.likelihood import *
     from cola_tutorial.evaluation import *
     from cola_tutorial.editing import *
     from cola_tutorial.verify import *

@@ -52,6 +52,7 @@ FLOORS = {
     "training": 5,
     "plain": 5,
     "plain_training": 5,
+    "likelihood": 5,
     "evaluation": 5,
     "editing": 5,
     "verify": 5,
