@@ -33,6 +33,7 @@ _rooms = (
     "training",
     "plain",
     "plain_training",
+    "likelihood",
     "evaluation",
     "tasks",
     "editing",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from cola_tutorial.training import *
     from cola_tutorial.plain import *
     from cola_tutorial.plain_training import *
+    from cola_tutorial.likelihood import *
     from cola_tutorial.evaluation import *
     from cola_tutorial.tasks import *
     from cola_tutorial.editing import *

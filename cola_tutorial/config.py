@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ATTENTION_KINDS', 'PAD', 'END', 'RELEASED_WORDS', 'PRESETS', 'DIAL', 'BASELINES', 'SCHEDULES', 'OPTIMIZERS',
-           'SOLVER_NAMES', 'FIRST_BLOCKS', 'ConfigError', 'VAEConfig', 'DiTConfig', 'ColaConfig', 'preset', 'on_dial',
-           'BaselineConfig', 'baseline_for', 'LoopConfig', 'Stage1Config', 'Stage2Config', 'BaselineTraining',
-           'GenerationConfig', 'SpeedConfig', 'TraceConfig', 'ScaleConfig', 'vae_from_released', 'vae_to_released',
-           'dit_from_released', 'dit_to_released', 'steps_for', 'data_dir']
+           'SOLVER_NAMES', 'FIRST_BLOCKS', 'TRACES', 'HISTORIES', 'ConfigError', 'VAEConfig', 'DiTConfig', 'ColaConfig',
+           'preset', 'on_dial', 'BaselineConfig', 'baseline_for', 'LoopConfig', 'Stage1Config', 'Stage2Config',
+           'BaselineTraining', 'GenerationConfig', 'SpeedConfig', 'TraceConfig', 'ScaleConfig', 'LikelihoodConfig',
+           'vae_from_released', 'vae_to_released', 'dit_from_released', 'dit_to_released', 'steps_for', 'data_dir']
 
 # %% ../nbs/01_config.ipynb #483e7593
 import math
@@ -490,6 +490,42 @@ class ScaleConfig:
     def __post_init__(self):
         _require_flags(self)
         _require_whole(self, "micro_batch_size shards workers", least=0)
+
+
+# %% ../nbs/01_config.ipynb #7424b218
+TRACES = ("exact", "rademacher", "gaussian")
+HISTORIES = ("mean", "sample")
+
+
+@dataclass(frozen=True)
+class LikelihoodConfig:
+    "How the probability of a text is estimated (paper App. B)."
+
+    samples: int = 8  # K: latents drawn from the posterior of each text
+    solver: str = "midpoint"  # euler, heun, midpoint or rk4
+    steps: int = 16  # solver steps from meaning to noise
+    time_shift: float = 0.4  # s: as in `GenerationConfig`; below 1 more of the times lie near meaning
+    start: float = 0.03  # flow time at which a solve begins: nearer to meaning the prior was next to never trained
+    trace: str = "exact"  # of the divergence: exact; or by probes of +1 and -1 (rademacher) or of normal numbers (gaussian)
+    probes: int = 1  # probes of a solve, where the trace is not exact
+    tolerance: float | None = None  # nats: steps are doubled until a row changes by no more; infinity: one doubling, to report the change; None: none
+    most_steps: int = 256  # more are not tried for the sake of `tolerance`
+    at_once: int = 1  # vectors of a trace in one backward pass; more take more memory, and may suit a GPU
+    posterior_scale: float = 1.0  # factor on the posterior's sigma in the bound; the model itself stays as it is
+    history: str = "mean"  # latents of a prompt: the posterior's mean, as in generation, or a sample
+    seed: int = 0  # row r of a call draws from seed + r
+
+    def __post_init__(self):
+        _require_whole(self, "samples steps probes most_steps at_once")
+        _require_whole(self, "seed", least=0)
+        _require_number(self, "seed", 0, 2**63 - 1)
+        for name, known in (("solver", SOLVER_NAMES), ("trace", TRACES), ("history", HISTORIES)):
+            _require(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(known)}")
+        _require_number(self, "time_shift posterior_scale", 0.01, 100.0)
+        _require_number(self, "start", 0.0, 0.9)
+        if self.tolerance is None: return
+        _require_number(self, "tolerance", 0.0, math.inf)
+        _require(self.steps >= 2, "steps", self.steps, "a whole number >= 2 with a tolerance, since half of them are taken too")
 
 
 # %% ../nbs/01_config.ipynb #64de17ef

@@ -53,6 +53,7 @@ FLOORS = {
     "training": 8,
     "plain": 5,
     "plain_training": 5,
+    "likelihood": 5,
     "evaluation": 5,
     "tasks": 6,
     "harness": 7,
