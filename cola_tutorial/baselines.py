@@ -310,9 +310,9 @@ class LLaDA(Baseline, kind="llada"):
         "How many tokens the rows have, and how many of them are hidden."
         return super().totals(document, noise) | {"hidden": noise.hidden.sum()}
 
-# %% ../nbs/12b_llada.ipynb #46e6b8c8
-@patch
-def draw(
+# %% ../nbs/12b_llada.ipynb #454266ca
+@patch(nm="draw")
+def _draw_masks(
     self: LLaDA,
     rows: int,  # B, of the whole batch
     length: int,  # L
@@ -324,7 +324,7 @@ def draw(
     t = self.least_hidden + (1 - self.least_hidden) * even
     return Noise(t=t, hidden=torch.rand(rows, length, generator=generator, device=device) < t[:, None])
 
-# %% ../nbs/12b_llada.ipynb #b05ad063
+# %% ../nbs/12b_llada.ipynb #45c1f954
 def _hidden_losses(net: TokenTransformer, states: Tensor, tokens: Tensor, hidden: Tensor, most_logits: int = 2**27) -> Tensor:
     "-log p(token) (B, L) of the hidden tokens, and 0 elsewhere, without ever having all logits at once."
     last, wanted = net.final_layer, tokens.masked_fill(~hidden, -100).flatten()
@@ -335,8 +335,8 @@ def _hidden_losses(net: TokenTransformer, states: Tensor, tokens: Tensor, hidden
     return F.linear_cross_entropy(x, weight, wanted, reduction="none", ignore_index=-100, options=options).float().view_as(tokens)
 
 
-@patch
-def terms(
+@patch(nm="terms")
+def _masked_terms(
     self: LLaDA,
     tokens: Tensor,  # (B, L) int64
     document: Tensor,  # document of every token, -1 for padding, (B, L); padding is hidden and guessed like all else
@@ -349,7 +349,7 @@ def terms(
     right = ((-losses.detach()).exp() * noise.hidden).sum()
     return {"loss": (losses / noise.t[:, None]).sum() / totals["tokens"].clamp(min=1), "guessed": right / totals["hidden"].clamp(min=1)}
 
-# %% ../nbs/12b_llada.ipynb #cb7e0251
+# %% ../nbs/12b_llada.ipynb #b12d9f7f
 def _hide_some(scored: Tensor, samples: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
     "For each draw a random set of a row's `scored` positions (L,): where it is (samples, L), and M / l (samples,); l is evenly spread over 1..M."
     places = scored.nonzero()[:, 0].cpu()
@@ -360,9 +360,9 @@ def _hide_some(scored: Tensor, samples: int, source: torch.Generator) -> tuple[T
     return hidden, m / count
 
 
-@patch
+@patch(nm="log_weights")
 @torch.no_grad()
-def log_weights(
+def _order_weights(
     self: LLaDA,
     tokens: Tensor,  # (B, L) int64
     given: Tensor,  # in sight, (B, L) bool
@@ -412,13 +412,13 @@ def unmask(
         if seen is not None: seen.scatter_(1, canvas.masked_fill(~stays | (canvas == self.config.pad_id), self.vocab_size), True)
         yield canvas
 
-# %% ../nbs/12b_llada.ipynb #d581c8e1
-@patch
+# %% ../nbs/12b_llada.ipynb #e73977d5
+@patch(nm="generate")
 @torch.no_grad()
-def generate(
+def _fill_masks(
     self: LLaDA,
     prompts: Sequence[str | Sequence[int]] | int,  # texts or token ids; a number: so many texts from nothing
-    config: GenerationConfig | None = None,  # lengths, steps and remasking, choice of tokens, stops; what belongs to a flow is not used. None: the model's own settings
+    config: GenerationConfig | None = None,  # length, steps, remasking, choice of tokens, stops. None: the model's own settings
     seeds: Sequence[int] | None = None,  # one for each row; None: config.seed, config.seed + 1, ...
 ) -> Generation:  # texts and tokens; no latents
     "Continue prompts of any lengths in one batch; raises `PromptError` and `ConfigError` for what cannot be done."
@@ -433,7 +433,7 @@ def generate(
     seen = torch.zeros(len(rows), self.vocab_size + 1, dtype=torch.bool, device=self.device) if penalty else None
     while left:
         stops = [min(starts[row] + (config.block_size or limits[row]), ends[row]) for row in left]
-        for canvas in self.unmask(canvas, [starts[row] for row in left], stops, config, generators, seen): pass
+        *_, canvas = self.unmask(canvas, [starts[row] for row in left], stops, config, generators, seen)
         for line, row, stop in zip(canvas.tolist(), left, stops): out[row], starts[row] = rows[row].read(line[starts[row] : stop]), stop
         on = [place for place, row in enumerate(left) if not rows[row].reason]
         left, generators, canvas, seen = [left[i] for i in on], [generators[i] for i in on], canvas[on], None if seen is None else seen[on]
