@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ATTENTION_KINDS', 'PAD', 'END', 'RELEASED_WORDS', 'PRESETS', 'DIAL', 'BASELINES', 'SCHEDULES', 'OPTIMIZERS',
-           'SOLVER_NAMES', 'FIRST_BLOCKS', 'TRACES', 'HISTORIES', 'ConfigError', 'VAEConfig', 'DiTConfig', 'ColaConfig',
-           'preset', 'on_dial', 'BaselineConfig', 'baseline_for', 'LoopConfig', 'Stage1Config', 'Stage2Config',
-           'BaselineTraining', 'GenerationConfig', 'SpeedConfig', 'TraceConfig', 'ScaleConfig', 'LikelihoodConfig',
-           'vae_from_released', 'vae_to_released', 'dit_from_released', 'dit_to_released', 'steps_for', 'data_dir']
+           'SOLVER_NAMES', 'FIRST_BLOCKS', 'REMASKINGS', 'TRACES', 'HISTORIES', 'ConfigError', 'VAEConfig', 'DiTConfig',
+           'ColaConfig', 'preset', 'on_dial', 'BaselineConfig', 'baseline_for', 'LoopConfig', 'Stage1Config',
+           'Stage2Config', 'BaselineTraining', 'GenerationConfig', 'SpeedConfig', 'TraceConfig', 'ScaleConfig',
+           'LikelihoodConfig', 'vae_from_released', 'vae_to_released', 'dit_from_released', 'dit_to_released',
+           'steps_for', 'data_dir']
 
 # %% ../nbs/01_config.ipynb #483e7593
 import math
@@ -403,6 +404,7 @@ def _check_lists(config) -> None:
 # %% ../nbs/01_config.ipynb #feede276
 SOLVER_NAMES = ("euler", "heun", "midpoint", "rk4")  # with 1, 2, 2 and 4 evaluations a step
 FIRST_BLOCKS = ("clean", "repaint", "left_padding", "right_padding")
+REMASKINGS = ("confidence", "random")
 
 # %% ../nbs/01_config.ipynb #b5201909
 @dataclass(frozen=True)
@@ -428,6 +430,7 @@ class GenerationConfig:
     top_p: float = 1.0  # keep the likeliest tokens that hold this probability
     min_p: float = 0.0  # keep tokens at least this share as likely as the likeliest; 0: all
     repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of tokens in blocks already written; 1: none
+    remasking: str = "confidence"  # llada: the guesses that stay after a step: those it is surest of (confidence), or random ones
     stop: tuple[str, ...] = ()  # a text ends before the first of these strings
     stop_tokens: tuple[int, ...] = ()  # a text ends before the first of these ids, as it does before the end token
     seed: int = 0  # row r of a batch draws its noise from seed + r unless seeds are given
@@ -437,9 +440,8 @@ class GenerationConfig:
         _require_whole(self, "max_length max_new_tokens steps repaint_repeats")
         _require_whole(self, "top_k seed", least=0)
         _require_number(self, "seed", 0, 2**63 - 1)
-        for name in ("num_blocks", "block_size"):
-            if getattr(self, name) is not None: _require_whole(self, name)
-        for name, known in (("solver", SOLVER_NAMES), ("first_block", FIRST_BLOCKS)):
+        _require_whole(self, " ".join(name for name in ("num_blocks", "block_size") if getattr(self, name) is not None))
+        for name, known in (("solver", SOLVER_NAMES), ("first_block", FIRST_BLOCKS), ("remasking", REMASKINGS)):
             _require(getattr(self, name) in known, name, getattr(self, name), f"one of {', '.join(known)}")
         _require_number(self, "renew_below repaint_fraction min_p", 0.0, 1.0)
         _require_number(self, "time_shift repetition_penalty", 0.01, 100.0)

@@ -97,7 +97,7 @@ def test_the_drawn_ways_name_every_setting_that_changes_what_is_written():
     limits = {"max_length", "max_new_tokens", "block_size", "steps", "top_k", "top_p", "stop", "seed"}
     drawn = {"guidance_scale", "guidance_schedule", "solver", "time_shift", "times", "renew_below", "first_block"}
     drawn |= {"temperature", "repetition_penalty", "min_p", "stop_tokens", "num_blocks"}
-    assert {f.name for f in fields(GenerationConfig)} == limits | drawn | {"repaint_repeats", "repaint_fraction"}
+    assert {f.name for f in fields(GenerationConfig)} == limits | drawn | {"repaint_repeats", "repaint_fraction"} | {"remasking"}
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
