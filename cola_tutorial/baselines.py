@@ -138,8 +138,8 @@ def vocab_size(self: Baseline) -> int:
 
 # %% ../nbs/12_baselines.ipynb #b3b6398a
 def _initialise(module: nn.Module) -> None:
-    "Normal weights."
-    if isinstance(module, (nn.Linear, nn.Embedding)): nn.init.normal_(module.weight, std=0.02)
+    "Small normal weights; embeddings keep their size of one, so that words stand out in the stream from the first step."
+    if isinstance(module, nn.Linear): nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None: nn.init.zeros_(module.bias)
 
 
