@@ -7,6 +7,7 @@ __all__ = ['BaselineBlock', 'TokenTransformer', 'Baseline', 'AR', 'open_model', 
 
 # %% ../nbs/12_baselines.ipynb #13e8f3b3
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from .config import BaselineConfig, ConfigError, GenerationConfig
 from .generation import Generation, TextRow, checked_request, choose_tokens, seed_source
+from .likelihood import Likelihood, ScoredRow, scored_rows, student_quantile
 from .model import RIVAL_FORMAT, ColaDLM, check_tokenizer, free_folder, load_weights, naming_file, read_json, stored_record, whole_folder
 from .nn.attention import KVCache, Sight, attention_mask, recomputed, rotary_turns, rotate_halves, same_document
 from .objectives import Noise, counted_positions, summed_token_loss
@@ -86,6 +88,7 @@ class Baseline(nn.Module):
     "What the rivals of Cola DLM share; `Baseline.make` makes one of a configuration's kind."
 
     whole_rows = False  # padding is part of a row, to be learned, written and scored
+    exact = False  # a score is no bound
     kinds: dict[str, type] = {}  # name -> class
 
     def __init_subclass__(cls, kind: str) -> None:
@@ -172,6 +175,8 @@ def totals(
 class AR(Baseline, kind="ar"):
     "The autoregressive model: a causal transformer that predicts the next token."
 
+    exact = True
+
     def add_inputs(self) -> None:
         "The embedding of tokens."
         self.net.wte = nn.Embedding(self.config.vocab_size, self.config.dim)
@@ -235,6 +240,65 @@ def generate(
         left, generators, seen, entered = [left[i] for i in on], [generators[i] for i in on], seen[on], entered[on]
     return Generation([text for _, text in out], [ids for ids, _ in out], [row.reason for row in rows], [])
 
+# %% ../nbs/12_baselines.ipynb #1679cdd8
+@patch
+def log_weights(
+    self: AR,
+    tokens: Tensor,  # (B, L) int64
+    given: Tensor,  # True where a token is known, (B, L) bool
+    scored: Tensor,  # True where its probability is asked, (B, L) bool
+    samples: int,  # draws; of an exact number, one does
+    generators: Sequence[torch.Generator],  # one for each row; not used
+) -> Tensor:  # log p of the scored tokens, nats, (1, B)
+    "log p(scored | before): the sum of single predictions."
+    costs = [F.cross_entropy(self.net.final_layer(s).float(), row, reduction="none") for s, row in zip(self.states(tokens), tokens)]
+    return -(torch.stack(costs) * scored).sum(1)[None]
+
+
+@patch
+@torch.no_grad()
+def score(
+    self: Baseline,
+    prompts: Sequence[str | Sequence[int]],  # what is given, texts or token ids; "" or []: nothing
+    continuations: Sequence[str | Sequence[int]],  # what is scored, one for each prompt
+    ended: bool = True,  # the end token follows, and is scored too; False: what follows is left open
+    samples: int = 8,  # draws of a bound, at least 1
+    seed: int = 0,  # pair r draws from seed + r
+    batch_size: int = 32,  # rows side by side
+) -> list[Likelihood]:  # one for each pair
+    "log p(continuation | prompt), exact or from below; raises `PromptError` and `ConfigError` for what cannot be scored."
+    for name, value in (("samples", samples), ("batch_size", batch_size)):
+        if type(value) is not int or value < 1: raise ConfigError(f"{name} is {value!r}, but must be a whole number >= 1")
+    rows = scored_rows(self, prompts, continuations, ended)
+    alike, found = sorted(rows, key=lambda row: len(row.ids)), {}
+    for part in (alike[first : first + batch_size] for first in range(0, len(alike), batch_size)):
+        logs = self.log_weights(*self.laid_out(part), samples, [seed_source(seed + row.name) for row in part])  # (K, B)
+        for row, values in zip(part, logs.T): found[row.name] = _likelihood(values, len(row.ids) - row.given, self.exact)
+    return [found[row.name] for row in rows]
+
+# %% ../nbs/12_baselines.ipynb #f0d2b84a
+@patch
+def laid_out(
+    self: Baseline,
+    rows: Sequence[ScoredRow],  # prompts and what follows them
+) -> tuple[Tensor, Tensor, Tensor]:  # tokens int64, given, scored, (B, L) each
+    "Rows side by side; those of a model of whole rows are as long as it learned them, with padding behind an end."
+    most = max(len(row.ids) for row in rows)
+    if self.whole_rows: most = max(most, self.generation.max_length)
+    at, column = torch.arange(most, device=self.device), lambda values: torch.tensor(values, device=self.device)[:, None]
+    tokens = torch.tensor([row.ids + [self.config.pad_id] * (most - len(row.ids)) for row in rows], device=self.device)
+    ends = [most if self.whole_rows and row.ended else len(row.ids) for row in rows]
+    given = at < column([row.given for row in rows])
+    return tokens, given, ~given & (at < column(ends))
+
+
+def _likelihood(values: Tensor, tokens: int, exact: bool) -> Likelihood:
+    "What draws (K,) of a bound tell, with Student's interval; or an exact number."
+    value, k = values.double().mean().item(), len(values)
+    if exact: return Likelihood(value, value, value, "exact", 0, tokens)
+    half = student_quantile(k - 1) * values.double().std().item() / k**0.5 if k > 1 else math.inf
+    return Likelihood(value, value - half, value + half, "elbo", k, tokens)
+
 # %% ../nbs/12_baselines.ipynb #d790362b
 @patch
 def save_pretrained(
@@ -281,7 +345,6 @@ def open_model(
     return (Baseline if rival else ColaDLM).from_pretrained(folder, device)
 
 # %% ../nbs/12b_llada.ipynb #a0cab5f8
-import math
 from collections.abc import Iterator
 
 from torch.nn import LinearCrossEntropyOptions

@@ -183,6 +183,38 @@ def test_texts_end_where_they_are_told_to() -> None:
     assert len(limit.tokens[0]) == 5 - len(tokenizer.encode("Anna lived", add_special_tokens=False).ids)
 
 
+# Scores
+
+
+def test_scores_are_exact_and_add_up(model: AR) -> None:
+    "A text costs what the loss says of its tokens and end; a conditional score is the whole minus the prompt."
+    torch.manual_seed(0)
+    rows = [torch.randint(2, 40, (n,)).tolist() for n in (3, 7, 5, 1)]
+    found = model.score([[]] * 4, rows, samples=1, batch_size=3)
+    for row, one in zip(rows, found):
+        tokens = torch.tensor([row + [model.config.end_id]])
+        assert one.value == pytest.approx(-loss_of(model, tokens, torch.zeros_like(tokens)) * (len(row) + 1), abs=1e-4)
+        assert one.kind == "exact" and one.low == one.value == one.high and one.tokens == len(row) + 1 and one.samples == 0
+    (begun,), (rest,) = model.score([[]], [rows[1][:4]], ended=False), model.score([rows[1][:4]], [rows[1][4:]])
+    assert begun.value + rest.value == pytest.approx(found[1].value, abs=1e-4) and rest.tokens == 4
+
+
+@pytest.mark.parametrize(
+    "asked, error",
+    [
+        (dict(prompts=[[]], continuations=[[3], [4]]), PromptError),
+        (dict(prompts=[[]], continuations=[[]], ended=False), PromptError),
+        (dict(prompts=[[]], continuations=[[40]]), PromptError),
+        (dict(prompts=[[]], continuations=[[3] * 2048]), PromptError),
+        (dict(prompts=[[]], continuations=[[3]], samples=0), ConfigError),
+        (dict(prompts=[[]], continuations=[[3]], batch_size=0), ConfigError),
+    ],
+)
+def test_what_cannot_be_scored_is_named(model: AR, asked: dict, error: type) -> None:
+    "The same checks as for Cola DLM."
+    with pytest.raises(error): model.score(**asked)
+
+
 # Files
 
 
