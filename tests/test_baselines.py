@@ -105,7 +105,6 @@ def test_documents_may_be_kept_apart(model: AR) -> None:
 @pytest.mark.parametrize("kind", BASELINES)
 def test_operations_are_those_that_torch_counts(kind: str) -> None:
     "All products of one step but for attention's, which torch counts as dense and we count as what may be seen."
-    if kind not in Baseline.kinds: pytest.skip(f"no {kind}")
     torch.manual_seed(0)
     config = baseline_for(preset("tiny", vocab_size=300), kind)
     made, tokens = Baseline.make(config), torch.randint(2, 300, (2, 16))
@@ -114,7 +113,7 @@ def test_operations_are_those_that_torch_counts(kind: str) -> None:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         made.terms(tokens, document, noise, made.totals(document, noise))["loss"].backward()
     told = training_flops(config, 16, BaselineTraining(), StepPlan(dense_rows=1))
-    assert counter.get_total_flops() / 32 == pytest.approx(sum(told.values()), rel=0.05 if kind == "plaid" else 0.01)
+    assert counter.get_total_flops() / 32 == pytest.approx(sum(told.values()), rel=0.01)
 
 
 # Writing
