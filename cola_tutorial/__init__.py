@@ -42,6 +42,7 @@ _rooms = (
     "report",
     "bench",
     "bench_training",
+    "compare",
 )
 
 # %% ../nbs/16_package.ipynb #03a96138
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from cola_tutorial.report import *
     from cola_tutorial.bench import *
     from cola_tutorial.bench_training import *
+    from cola_tutorial.compare import *
 
 # %% ../nbs/16_package.ipynb #cc01df70
 def __getattr__(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['named_errors', 'shipped_model', 'change', 'train', 'shards', 'report', 'generate', 'evaluate', 'score', 'task',
-           'environment', 'info', 'explore', 'consolidate', 'verify', 'bench']
+           'environment', 'info', 'explore', 'consolidate', 'verify', 'bench', 'compare']
 
 # %% ../nbs/15_cli.ipynb #0bb690b9
 import os
@@ -25,6 +25,8 @@ from .baselines import open_model
 from .bench import DTYPES, BenchConfig, bench_generation, bench_model
 from .bench_training import TrainBenchConfig, measure_training
 from .checkpoints import consolidate as put_together
+from .compare import CompareConfig, write_comparison
+from .compare import compare as compare_models
 from .config import ColaConfig, ConfigError, data_dir
 from .config import preset as sized
 from .costs import StepPlan, cost_report, report_lines
@@ -118,7 +120,7 @@ def train(
     source: str = None,  # "stories", a .txt, .jsonl or .parquet file, a folder of them or of token shards, or a hub data set's name. Default: stories
     out: str = None,  # Run folder; a run found there is continued. Default: runs/<source>-<size>
     recipe: str = None,  # A run.json to repeat; other options change it
-    kind: str = None,  # cola; or a rival of the same size: ar, llada or plaid. Default: cola
+    kind: str = None,  # cola; or a rival of the same size: ar or llada. Default: cola
     size: str = None,  # Preset: tiny, small, full, or a width between such as 512. Default: tiny
     stages: str = None,  # Stages to run, separated by a comma. Default: all, for Cola DLM stage1,stage2
     steps1: int = None,  # Steps of stage 1 (the VAE)
@@ -463,3 +465,32 @@ def bench(
         for name, value in environment().items(): print(f"{name:14} {value}")
         measured = bench_model(size, model, block_size, _device(device))
         (bench_generation if what == "generation" else measure_training)(measured, config, adapter, path=json, environment=environment())
+
+# %% ../nbs/15_cli.ipynb #3ddeb988
+@call_parse(pos=["source"])
+def compare(
+    source: str = "stories",  # "stories", or a file or folder of text
+    out: str = None,  # Folder of the comparison; what is done there already stays. Default: runs/compare-<source>
+    size: str = "tiny",  # Preset of Cola DLM; the rivals follow from it
+    models: str = "cola,ar,llada",  # Who takes part, separated by commas
+    seeds: str = "66,67,68",  # Each model is trained once with each, separated by commas
+    steps1: int = 200,  # Steps of Cola DLM's VAE
+    steps2: int = 1000,  # Steps of its prior; rivals get the steps that the same operations buy
+    batch_size: int = 32,  # Rows of a step
+    n: int = 200,  # Unseen beginnings that each model continues
+    scored: int = 100,  # Unseen texts whose probability each is asked
+    jobs: int = 2,  # Trainings at a time
+    set: Annotated[str, {"action": "append"}] = None,  # Change any other setting, e.g. --set points=2
+    machine: str = "",  # Its kind in words, for the record
+    draw: str = None,  # Train nothing: draw the results in this folder again
+):
+    "Train Cola DLM and its rivals with equal operations, ask them all the same, and draw a page."
+    with named_errors("cola-compare"):
+        if draw: return print(write_comparison(draw))
+        try: numbers = tuple(int(seed) for seed in seeds.split(","))
+        except ValueError as error: raise ConfigError(f"seeds is {seeds!r}, but must be whole numbers, separated by commas") from error
+        if jobs < 1: raise ConfigError(f"jobs is {jobs}, but must be a whole number >= 1")
+        plain = dict(steps1=steps1, steps2=steps2, batch_size=batch_size, n=n, scored=scored)
+        config = CompareConfig(source, size, models=tuple(models.split(",")), seeds=numbers, **plain)
+        for setting in set or []: config = change(config, setting)
+        print(compare_models(config, out or f"runs/compare-{Path(source).stem}", jobs, machine))

@@ -111,10 +111,10 @@ def _vae_forward(v: VAEConfig, n: int, plan: StepPlan) -> tuple[dict[str, float]
 # %% ../nbs/08e_costs.ipynb #79842556
 def _rival_flops(c: BaselineConfig, length: int, plan: StepPlan) -> dict[str, float]:
     "Operations of a rival's training step per token of a row."
-    inner, embedding = c.num_heads * c.head_dim, c.embedding_dim if c.kind == "plaid" else 0
+    inner = c.num_heads * c.head_dim
     keys = plan.dense_rows * length or (length if c.kind != "ar" else (length + 1) / 2)
     blocks = {"projections": 8 * c.dim * inner, "pairs": 4 * inner * keys, "feed_forward": 6 * c.dim * c.ffn_dim}
-    ends = {"vocabulary": 2 * c.dim * c.vocab_size, "ends": 2 * embedding * (c.dim + 2 * c.vocab_size)}  # to the stream; distances; mean embedding
+    ends = {"vocabulary": 2 * c.dim * c.vocab_size}
     return {name: c.num_layers * (3 + plan.recompute) * count for name, count in blocks.items()} | {name: 3 * count for name, count in ends.items()}
 
 # %% ../nbs/08e_costs.ipynb #26cc169e

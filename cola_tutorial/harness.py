@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HarnessError', 'HarnessModel']
 
-# %% ../nbs/13e_harness.ipynb #4b8af8d5
+# %% ../nbs/13e_harness.ipynb #268759c6
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
+import cola_tutorial.likelihood  # noqa: F401  gives Cola DLM its `score`
 from .config import GenerationConfig
 from .tasks import item_seed
 

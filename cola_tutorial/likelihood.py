@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_EXACT', 'draw_probes', 'velocity_and_trace', 'SolveError', 'FlowDensity', 'flow_log_prob', 'block_velocity',
-           'LogWeights', 'log_weights', 'Likelihood', 'student_quantile', 'elbo', 'iwae', 'difference_scores',
-           'Estimate', 'ratio_estimate', 'perplexity', 'against_truth', 'Ranking', 'rank_options']
+           'LogWeights', 'ScoredRow', 'scored_rows', 'log_weights', 'Likelihood', 'student_quantile', 'elbo', 'iwae',
+           'difference_scores', 'Estimate', 'ratio_estimate', 'perplexity', 'against_truth', 'Ranking', 'rank_options']
 
 # %% ../nbs/11_likelihood.ipynb #4922193b
 import math
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from statistics import NormalDist
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -222,7 +223,7 @@ class LogWeights:
 
 # %% ../nbs/11_likelihood.ipynb #72c72022
 @dataclass(frozen=True)
-class _Row:
+class ScoredRow:
     "A prompt and what follows it, as the model sees them."
 
     ids: list[int]  # tokens of both, the end token included
@@ -231,7 +232,7 @@ class _Row:
     name: int  # its number in the call
 
 
-def _token_ids(model: ColaDLM, texts: Sequence, what: str) -> list[list[int]]:
+def _token_ids(model: Any, texts: Sequence, what: str) -> list[list[int]]:
     "Ids of each text; raises `PromptError`."
     if isinstance(texts, str | int): raise PromptError(f"{what} are {texts!r}, but must be a list, with one text for each pair")
     empty = [hasattr(text, "__len__") and not len(text) for text in texts]
@@ -247,7 +248,12 @@ def _token_pairs(model: ColaDLM, prompts: Sequence, continuations: Sequence) -> 
     return list(zip(given, more))
 
 
-def _scored_rows(model: ColaDLM, prompts: Sequence, continuations: Sequence, ended: bool) -> list[_Row]:
+def scored_rows(
+    model: Any,  # a ColaDLM or a rival
+    prompts: Sequence[str | Sequence[int]],  # what is given, texts or token ids; "" or []: nothing
+    continuations: Sequence[str | Sequence[int]],  # what is scored, one for each prompt
+    ended: bool,  # the end token follows, and is scored too
+) -> list[ScoredRow]:  # one for each pair
     "All pairs as rows; raises `PromptError` for what cannot be scored."
     most, out = model.generation.max_length, []
     for name, (given, more) in enumerate(_token_pairs(model, prompts, continuations)):
@@ -255,7 +261,7 @@ def _scored_rows(model: ColaDLM, prompts: Sequence, continuations: Sequence, end
         if len(ids) == len(given): raise PromptError(f"pair {name} has no token to score: give a continuation, or let it end")
         if len(ids) > most:
             raise PromptError(f"pair {name} has {len(ids)} tokens, the end token included, but rows of this model have {most}: shorten it, or raise max_length")
-        out.append(_Row(ids, len(given), ended, name))
+        out.append(ScoredRow(ids, len(given), ended, name))
     return out
 
 # %% ../nbs/11_likelihood.ipynb #421519ec
@@ -271,7 +277,7 @@ def _sources_of(seed: int) -> _Sources:
 class _Batch:
     "Rows side by side: tokens, and which of their latents are what."
 
-    def __init__(self, model: ColaDLM, rows: list[_Row]):
+    def __init__(self, model: ColaDLM, rows: list[ScoredRow]):
         c, device, self.model, self.rows = model.config, model.device, model, rows
         patch, whole, at = c.vae.patch_size, c.tokens_per_block, lambda counts: torch.tensor(counts, device=device)[:, None]
         lengths = [-(-len(row.ids) // whole) * whole for row in rows]  # tokens, padding to whole blocks included
@@ -375,7 +381,7 @@ def log_weights(
     batch_size: int = 32,  # solves side by side: samples of all pairs
 ) -> list[LogWeights]:  # one for each pair
     "Samples of log w for log p(continuation | prompt) (paper section 3.1.2); raises `PromptError` and `SolveError`."
-    config, rows, whole = config or LikelihoodConfig(), _scored_rows(model, prompts, continuations, ended), model.config.tokens_per_block
+    config, rows, whole = config or LikelihoodConfig(), scored_rows(model, prompts, continuations, ended), model.config.tokens_per_block
     if batch_size < 1: raise ConfigError(f"batch_size is {batch_size}, but must be a whole number >= 1")
     sources = [_sources_of(seed) for seed in whole_seeds([config.seed + row.name for row in rows])]
     alike = sorted(rows, key=lambda row: (len(row.ids) // whole, row.given // whole, row.name))  # rows of like lengths waste little

@@ -15,7 +15,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from cola_tutorial.config import GenerationConfig, data_dir
+from cola_tutorial.config import GenerationConfig, LikelihoodConfig, data_dir
 from cola_tutorial.generation import Generation, generate
 from cola_tutorial.harness import HarnessError, HarnessModel, _divided, _request_config
 from cola_tutorial.model import ColaDLM
@@ -133,6 +133,20 @@ def test_the_harness_chooses_by_what_the_model_scores(tasks):
     for row, sample in zip(ENDINGS, found["samples"]["choose"], strict=True):
         assert [one[0][0] for one in sample["resps"]] == [-price(word) for word in row["options"]]
     assert model.how == (False, 3, 4, 5)
+
+
+def test_the_harness_chooses_by_the_bounds_of_the_shipped_model(tasks, monkeypatch):
+    "What it is told is what `score` gives for the tokens of context and continuation."
+    monkeypatch.setattr(MODEL, "scoring", LikelihoodConfig(solver="euler", steps=4, trace="rademacher"))
+    found = simple_evaluate(HarnessModel(MODEL, samples=2, check_greedy=False), tasks=["choose"], task_manager=tasks, bootstrap_iters=0, limit=2)
+    assert found["results"]["choose"]["acc,none"] == 1
+    pairs = [(ids(row["story"]), ids(f" {word}")) for row in ENDINGS[:2] for word in row["options"]]
+    wanted = [one.value for one in MODEL.score(*zip(*pairs), ended=False, samples=2)]
+    told = [one[0][0] for sample in found["samples"]["choose"] for one in sample["resps"]]
+    assert told == pytest.approx(wanted, abs=1e-3)
+    (whole,) = HarnessModel(MODEL, samples=2).loglikelihood_rolling([ask("loglikelihood_rolling", "Tom lived near the mill")])
+    (wanted,) = MODEL.score([""], ["Tom lived near the mill"], ended=False, samples=2)
+    assert whole == pytest.approx(wanted.value, abs=1e-3)
 
 
 def test_the_harness_measures_whole_texts(tasks):

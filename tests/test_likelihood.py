@@ -492,7 +492,7 @@ def test_entropy_is_that_of_what_the_prior_sees(scale: float) -> None:
     "-log q of the scaled and shifted latents, by another library; the sampled latents have the posterior's spread times the factor."
     model = small(latent_dim=3, scaling_factor=scale, shifting_factor=0.3)
     config = LikelihoodConfig(posterior_scale=0.7)
-    rows = likelihood._scored_rows(model, [""] * 400, [[4, 5, 6, 7]] * 400, False)
+    rows = likelihood.scored_rows(model, [""] * 400, [[4, 5, 6, 7]] * 400, False)
     batch = likelihood._Batch(model, rows)
     z, entropy = batch.latents_of(config, [likelihood._sources_of(row) for row in range(400)])
     told = model.vae.encode(torch.tensor([[4, 5, 6, 7]]))

@@ -63,6 +63,7 @@ FLOORS = {
     "report": 6,
     "bench": 6,
     "bench_training": 9,
+    "compare": 9,
     "viz": 5,
     "screen": 6,
     "views.field": 7,
