@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WRITES', 'LADDER', 'Rival', 'NAMES', 'CompareConfig', 'Entrant', 'entrants', 'Measure', 'read_measures',
            'write_measures', 'nats_per_token', 'repeated', 'ask_stories', 'true_nats', 'cut_at_word', 'ask_rows',
-           'run_unit', 'train_all', 'measure_speed', 'compare', 'over_seeds', 'last_answers', 'plot_answers',
+           'run_unit', 'train_all', 'measure_speed', 'compare_models', 'over_seeds', 'last_answers', 'plot_answers',
            'plot_curves', 'plot_speed', 'SpeedPoint', 'speed_points', 'speed_at_equal_quality', 'paper_and_found',
            'write_comparison']
 
@@ -360,7 +360,7 @@ def measure_speed(
     return found
 
 # %% ../nbs/13d_compare.ipynb #b17551da
-def compare(
+def compare_models(
     config: CompareConfig,  # what is compared
     out: str | os.PathLike,  # folder for runs and results; what is done there already stays
     jobs: int = 2,  # trainings at a time
