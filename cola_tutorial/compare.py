@@ -379,8 +379,11 @@ def compare_models(
         spent = minutes + (time.perf_counter() - began) / 60
         content = {"config": told, "entrants": {kind: asdict(e) for kind, e in found.items()}, "machine": machine, "jobs": jobs, "minutes": round(spent, 1)}
         with whole_file(record) as part: part.write_text(json.dumps(content, indent=1) + "\n")
+    def tell(line: str) -> None:
+        note({})  # so that a comparison that is stopped knows what it has cost
+        report(line)
     note({})
-    found = train_all(config, out, jobs, report)
+    found = train_all(config, out, jobs, tell)
     measures = [m for kind in config.models for seed in config.seeds for m in read_measures(out / f"{kind}-{seed}" / "measures.csv")]
     if config.source == "stories":
         truth = true_nats(open_model(out / f"{config.models[0]}-{config.seeds[0]}" / "model").tokenizer, config)
