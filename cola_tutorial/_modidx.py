@@ -233,7 +233,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'cola_tutorial.compare._written': ('compare.html#_written', 'cola_tutorial/compare.py'),
                                        'cola_tutorial.compare.ask_rows': ('compare.html#ask_rows', 'cola_tutorial/compare.py'),
                                        'cola_tutorial.compare.ask_stories': ('compare.html#ask_stories', 'cola_tutorial/compare.py'),
-                                       'cola_tutorial.compare.compare': ('compare.html#compare', 'cola_tutorial/compare.py'),
+                                       'cola_tutorial.compare.compare_models': ('compare.html#compare_models', 'cola_tutorial/compare.py'),
                                        'cola_tutorial.compare.cut_at_word': ('compare.html#cut_at_word', 'cola_tutorial/compare.py'),
                                        'cola_tutorial.compare.entrants': ('compare.html#entrants', 'cola_tutorial/compare.py'),
                                        'cola_tutorial.compare.last_answers': ('compare.html#last_answers', 'cola_tutorial/compare.py'),

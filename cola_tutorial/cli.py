@@ -25,8 +25,7 @@ from .baselines import open_model
 from .bench import DTYPES, BenchConfig, bench_generation, bench_model
 from .bench_training import TrainBenchConfig, measure_training
 from .checkpoints import consolidate as put_together
-from .compare import CompareConfig, write_comparison
-from .compare import compare as compare_models
+from .compare import CompareConfig, compare_models, write_comparison
 from .config import ColaConfig, ConfigError, data_dir
 from .config import preset as sized
 from .costs import StepPlan, cost_report, report_lines

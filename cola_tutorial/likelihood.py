@@ -500,9 +500,9 @@ def difference_scores(
 class Estimate:
     "A mean over texts with its 95% interval."
 
-    value: float
-    low: float
-    high: float
+    value: float  # the mean
+    low: float  # lower end of the interval
+    high: float  # upper end
     n: int  # texts
 
 

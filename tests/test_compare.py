@@ -12,7 +12,7 @@ from scipy import stats
 from cola_tutorial.compare import (
     CompareConfig,
     Measure,
-    compare,
+    compare_models,
     cut_at_word,
     entrants,
     over_seeds,
@@ -158,7 +158,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = entrants(QUICK, cola.config, len(rows[0]["tokens"]))
     for seed in QUICK.seeds:
         for entrant in found.values(): run_unit(QUICK, entrant, seed, out)
-    compare(QUICK, out, jobs=1, machine="a test", report=lambda line: None)
+    compare_models(QUICK, out, jobs=1, machine="a test", report=lambda line: None)
     return out
 
 
@@ -194,7 +194,7 @@ def test_what_is_done_is_not_done_again(compared: Path) -> None:
     told = []
     train_all(replace(QUICK, models=("ar",)), compared, jobs=1, report=told.append)
     assert (compared / "ar-1" / "measures.csv").stat().st_mtime_ns == before and told == []
-    with pytest.raises(ConfigError, match="n: 4 then, 5 now"): compare(replace(QUICK, n=5), compared, jobs=1)
+    with pytest.raises(ConfigError, match="n: 4 then, 5 now"): compare_models(replace(QUICK, n=5), compared, jobs=1)
     again = write_comparison(compared, compared / "again.html")
     assert again.read_text().count("<tr>") == (compared / "comparison.html").read_text().count("<tr>")
 
