@@ -528,9 +528,9 @@ def rank_options(
 class Estimate:
     "A mean over texts with its 95% interval."
 
-    value: float
-    low: float
-    high: float
+    value: float  # the mean, or what is computed from it
+    low: float  # lower end of the 95% interval
+    high: float  # upper end of the 95% interval
     n: int  # texts
 
 
