@@ -293,7 +293,7 @@ def laid_out(
 
 
 def _likelihood(values: Tensor, tokens: int, exact: bool) -> Likelihood:
-    "What draws (K,) of a bound tell, with Student's interval; or an exact number."
+    "What draws (K,) of a bound tell, with Student's interval, which is too wide where they are spread evenly; or an exact number."
     value, k = values.double().mean().item(), len(values)
     if exact: return Likelihood(value, value, value, "exact", 0, tokens)
     half = student_quantile(k - 1) * values.double().std().item() / k**0.5 if k > 1 else math.inf
