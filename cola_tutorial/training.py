@@ -575,6 +575,8 @@ class RunConfig:
         for name in ("source", "text_column", "size"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value: raise ConfigError(f"{name} is {value!r}, but must be a name")
+        ours = type(self).generation  # what the class says: Cola DLM's way of writing
+        if self.kind in BASELINES and self.generation == ours: object.__setattr__(self, "generation", GenerationConfig(temperature=1.0))
         if self.kind not in ("cola", *BASELINES): raise ConfigError(f"kind is {self.kind!r}, but must be cola or one of {', '.join(BASELINES)}")
         if not isinstance(self.changes, dict): raise ConfigError(f"changes is {self.changes!r}, but must name fields: --set changes.patch_size=2")
         if taken := {"name", "vocab_size"} & self.changes.keys(): raise ConfigError(f"changes holds {sorted(taken)}: set size and vocab_size themselves")

@@ -301,6 +301,12 @@ def test_wrong_runs_are_named(changes: dict, said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="stages is"): train(small_run(), tmp_path / "run", ("stage1",), progress=False)
 
 
+def test_a_rival_draws_its_tokens_unless_told_otherwise() -> None:
+    "Greedy writing is for Cola DLM, whose chance lies in its latents."
+    assert RunConfig(kind="ar").generation == GenerationConfig(temperature=1.0) != RunConfig().generation
+    assert RunConfig(kind="ar", generation=GenerationConfig(top_k=3)).generation == GenerationConfig(top_k=3)
+
+
 def test_the_record_of_a_run_is_read_back(tmp_path: Path) -> None:
     "run.json of a rival is a recipe."
     train(small_run(), tmp_path / "run", progress=False)
