@@ -45,6 +45,9 @@ _rooms = (
     "compare",
 )
 
+# %% ../nbs/16_package.ipynb #6b456a3e
+_grown = {"ColaDLM": ("generation", "likelihood")}  # a class -> rooms above its own that give it methods: `generate`, `score`
+
 # %% ../nbs/16_package.ipynb #03a96138
 if TYPE_CHECKING:
     from cola_tutorial.config import *
@@ -87,7 +90,9 @@ def __getattr__(
         if find_spec(f"cola_tutorial.{name}"): return import_module(f"cola_tutorial.{name}")
         for room in _rooms:
             module = import_module(f"cola_tutorial.{room}")
-            if name in module.__all__: return getattr(module, name)
+            if name not in module.__all__: continue
+            for later in _grown.get(name, ()): import_module(f"cola_tutorial.{later}")
+            return getattr(module, name)
     raise AttributeError(f"module 'cola_tutorial' has no attribute {name!r}")
 
 

@@ -119,7 +119,7 @@ def train(
     source: str = None,  # "stories", a .txt, .jsonl or .parquet file, a folder of them or of token shards, or a hub data set's name. Default: stories
     out: str = None,  # Run folder; a run found there is continued. Default: runs/<source>-<size>
     recipe: str = None,  # A run.json to repeat; other options change it
-    kind: str = None,  # cola; or a rival of the same size: ar or llada. Default: cola
+    kind: str = None,  # cola; or a rival of the same size: ar, llada or plaid. Default: cola
     size: str = None,  # Preset: tiny, small, full, or a width between such as 512. Default: tiny
     stages: str = None,  # Stages to run, separated by a comma. Default: all, for Cola DLM stage1,stage2
     steps1: int = None,  # Steps of stage 1 (the VAE)
@@ -471,7 +471,7 @@ def compare(
     source: str = "stories",  # "stories", or a file or folder of text
     out: str = None,  # Folder of the comparison; what is done there already stays. Default: runs/compare-<source>
     size: str = "tiny",  # Preset of Cola DLM; the rivals follow from it
-    models: str = "cola,ar,llada",  # Who takes part, separated by commas
+    models: str = "cola,ar,llada,plaid",  # Who takes part, separated by commas
     seeds: str = "66,67,68",  # Each model is trained once with each, separated by commas
     steps1: int = 200,  # Steps of Cola DLM's VAE
     steps2: int = 1000,  # Steps of its prior; rivals get the steps that the same operations buy

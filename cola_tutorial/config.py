@@ -209,14 +209,14 @@ def on_dial(
     return vae | {"block_size": block, "vocab_size": min(words, RELEASED_WORDS)}, dit | {"block_size": block}
 
 # %% ../nbs/01_config.ipynb #9134e701
-BASELINES = ("ar", "llada")
+BASELINES = ("ar", "llada", "plaid")
 
 
 @dataclass(frozen=True)
 class BaselineConfig:
     "Sizes of a rival: a transformer of the LLaMA kind over tokens; the defaults match the core of the full-size prior."
 
-    kind: str = "ar"  # ar: the next token; llada: masked tokens
+    kind: str = "ar"  # ar: the next token; llada: masked tokens; plaid: noisy token embeddings
     vocab_size: int = RELEASED_WORDS  # V: token ids are 0..V-1
     dim: int = 2048  # width of the residual stream
     num_heads: int = 16  # attention heads
@@ -225,12 +225,13 @@ class BaselineConfig:
     ffn_dim: int = 5464  # width of the gated feed-forward (SwiGLU)
     norm_eps: float = 1e-5  # epsilon of every RMSNorm
     rope_theta: float = 500_000.0  # base of the rotary angles
+    embedding_dim: int = 16  # plaid: channels of a token's embedding
     pad_id: int = 0  # id of the padding token
     end_id: int = 1  # id of the end-of-text token
 
     def __post_init__(self):
         _require(self.kind in BASELINES, "kind", self.kind, f"one of {', '.join(BASELINES)}")
-        _require_whole(self, "vocab_size dim num_heads head_dim num_layers ffn_dim")
+        _require_whole(self, "vocab_size dim num_heads head_dim num_layers ffn_dim embedding_dim")
         _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even")
         _require_number(self, "norm_eps", 1e-12, 1.0)
         _require_number(self, "rope_theta", 1e-6, 1e9)
@@ -246,7 +247,7 @@ class BaselineConfig:
 # %% ../nbs/01_config.ipynb #8086fea3
 def baseline_for(
     cola: ColaConfig,  # the model to be a rival of
-    kind: str,  # ar or llada
+    kind: str,  # ar, llada or plaid
     **changes: Any,  # fields of BaselineConfig to change, e.g. num_layers=4
 ) -> BaselineConfig:  # checked
     "The rival as wide as the prior of `cola`, with as many blocks as bring its core nearest to the prior's; raises `ConfigError`."
@@ -255,7 +256,7 @@ def baseline_for(
     attention = 4 * w * d.num_heads * d.head_dim
     theirs = d.num_layers * (attention + 2 * d.expand_ratio * w * w + 6 * w * d.emb_dim)
     sizes = dict(dim=w, num_heads=d.num_heads, head_dim=d.head_dim, ffn_dim=ffn, num_layers=max(1, round(theirs / (attention + 3 * w * ffn))))
-    given = dict(kind=kind, vocab_size=cola.vae.vocab_size, pad_id=cola.pad_id, end_id=cola.end_id) | sizes
+    given = dict(kind=kind, vocab_size=cola.vae.vocab_size, embedding_dim=cola.vae.latent_dim, pad_id=cola.pad_id, end_id=cola.end_id) | sizes
     known = {f.name for f in fields(BaselineConfig)}
     for key in changes: _require(key in known, "baseline field", key, f"one of {', '.join(sorted(known))}")
     return BaselineConfig(**given | changes)

@@ -115,6 +115,7 @@ def _rival_flops(c: BaselineConfig, length: int, plan: StepPlan) -> dict[str, fl
     keys = plan.dense_rows * length or (length if c.kind != "ar" else (length + 1) / 2)
     blocks = {"projections": 8 * c.dim * inner, "pairs": 4 * inner * keys, "feed_forward": 6 * c.dim * c.ffn_dim}
     ends = {"vocabulary": 2 * c.dim * c.vocab_size}
+    if c.kind == "plaid": ends["ends"] = 2 * (c.dim + 2 * c.embedding_dim) * c.vocab_size  # mean embedding; evidence, twice
     return {name: c.num_layers * (3 + plan.recompute) * count for name, count in blocks.items()} | {name: 3 * count for name, count in ends.items()}
 
 # %% ../nbs/08e_costs.ipynb #26cc169e

@@ -549,7 +549,7 @@ def _board(folder: Path, step: int):
 class RunConfig:
     "Everything that decides a training run."
 
-    kind: str = "cola"  # cola; or a rival: ar or llada
+    kind: str = "cola"  # cola; or a rival: ar, llada or plaid
     init: str | None = None  # a model folder to go on from, tokenizer included; None: new weights
     source: str = "stories"  # the story corpus, a file or folder of text, a folder of token shards, or a hub data set's name
     text_column: str = "text"  # column of jsonl, parquet and hub data

@@ -54,13 +54,13 @@ def test_everybody_may_spend_the_same() -> None:
     for entrant in found.values():
         spent = entrant.spent(entrant.steps, tokens)
         assert abs(spent - budget) <= 0.51 * tokens * entrant.flops_per_token
-    assert found["cola"].parameters > found["ar"].parameters and found["ar"].core == found["llada"].core
+    assert found["cola"].parameters > found["ar"].parameters and found["ar"].core == found["llada"].core == found["plaid"].core
 
 
 def test_all_see_the_same_rows_in_the_same_order() -> None:
     "Loops differ in nothing but their steps; seeds change the order too."
     config = CompareConfig()
-    loops = [config.run("cola", 66).stage2, *(config.run(kind, 66).rival for kind in ("ar", "llada"))]
+    loops = [config.run("cola", 66).stage2, *(config.run(kind, 66).rival for kind in ("ar", "llada", "plaid"))]
     for name in ("batch_size", "data_seed", "seed", "optimizer", "schedule", "weight_decay", "beta1", "beta2", "clip_norm", "ema_decay", "warmup_steps"):
         assert len({getattr(loop, name) for loop in loops}) == 1, name
     assert config.run("ar", 67).rival.data_seed != config.run("ar", 66).rival.data_seed
@@ -150,7 +150,7 @@ def test_speed_is_compared_where_all_are_equally_good() -> None:
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    "All models, two seeds, a few steps; trained in this process, so that it stays small."
+    "All four models, two seeds, a few steps; trained in this process, so that it stays small."
     from cola_tutorial.training import prepare
 
     out = tmp_path_factory.mktemp("comparison")
@@ -165,7 +165,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_model_is_asked_on_the_way_and_at_the_end(compared: Path) -> None:
     "Results of all, the truth among them, in one table."
     measures = read_measures(compared / "results.csv")
-    assert {m.model for m in measures} == {"cola", "ar", "llada", "truth"}
+    assert {m.model for m in measures} == {"cola", "ar", "llada", "plaid", "truth"}
     for kind in QUICK.models:
         for seed in QUICK.seeds:
             mine = [m for m in measures if (m.model, m.seed) == (kind, seed) and not m.name.endswith("by steps")]

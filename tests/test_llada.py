@@ -151,7 +151,7 @@ def test_logits_may_be_made_in_parts(model: LLaDA) -> None:
     found = []
     for most in (2**27, 3 * V):
         net, states = made().net, torch.randn(5, 7, 32, generator=torch.Generator().manual_seed(2)).requires_grad_()
-        losses = _hidden_losses(net, states, tokens, hidden, most)
+        losses = _hidden_losses(net.final_layer.weight, states, tokens, hidden, most)
         (losses * weight).sum().backward()
         found.append((losses.detach(), states.grad, net.final_layer.weight.grad))
     for a, b in zip(*found): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)

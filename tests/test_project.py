@@ -343,6 +343,24 @@ def test_front_door_opens_a_room_only_when_asked() -> None:
         assert run.returncode == 0, run.stderr
 
 
+def test_front_door_hands_out_whole_classes() -> None:
+    "A class that rooms above its own give methods to opens these rooms, in a fresh Python too."
+    import cola_tutorial
+
+    grown: dict[str, set[str]] = {}
+    for room in ROOMS:
+        module = importlib.import_module(f"cola_tutorial.{room}")
+        owned = {name: getattr(module, name) for name in module.__all__}
+        owned = {name: owner for name, owner in owned.items() if inspect.isclass(owner) and owner.__module__ == module.__name__}
+        for name, owner in owned.items():
+            elsewhere = {method.__module__.removeprefix("cola_tutorial.") for _, method in methods(owner)} - {room}
+            if elsewhere: grown[name] = elsewhere
+    assert grown == {name: {*rooms} for name, rooms in cola_tutorial._grown.items()} and "ColaDLM" in grown
+    program = "from cola_tutorial import ColaDLM; ColaDLM.generate, ColaDLM.score"
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 # How the code is written
 
 

@@ -420,6 +420,7 @@ def stage(
     for stem, page in shown.items(): (folder / f"{stem}.ipynb").write_text(json.dumps(page), encoding="utf-8")
     (folder / "reference").mkdir()
     (folder / "reference" / "index.rst").write_text(reference_index(), encoding="utf-8")
+    for room in rooms(): importlib.import_module(dotted(room))  # all of them: those above give methods to classes of those below
     for room, tree in rooms().items():
         if room != "__init__": (folder / "reference" / f"{room}.rst").write_text(reference_page(room, tree), encoding="utf-8")
     for name in ("CHANGELOG.md", "CITATION.cff", "LICENSE"): shutil.copy(ROOT / name, folder)
