@@ -14,7 +14,7 @@ from torch.distributions import MultivariateNormal, Normal
 from cola_tutorial import likelihood
 from cola_tutorial.config import ColaConfig, ConfigError, DiTConfig, LikelihoodConfig, VAEConfig, data_dir
 from cola_tutorial.flow import SOLVERS, integrate, time_grid
-from cola_tutorial.generation import PromptError
+from cola_tutorial.generation import PromptError, read_prompts
 from cola_tutorial.likelihood import (
     Likelihood,
     LogWeights,
@@ -208,6 +208,8 @@ def test_probes_are_right_on_average(kind: str) -> None:
     error = each.std(0) / len(probes) ** 0.5
     assert ((each.mean(0) - exact).abs() < 4 * error).all()
     torch.testing.assert_close(velocity_and_trace(velocity, z, 0.5, 2, free, probes, at_once=1000)[1], each.mean(0), atol=1e-3, rtol=1e-3)
+    elsewhere = torch.where(free[..., None], probes, 100.0)  # what a probe holds where nothing moves does not matter
+    torch.testing.assert_close(velocity_and_trace(velocity, z, 0.5, 2, free, elsewhere[:9])[1], each[:9].mean(0), atol=1e-3, rtol=1e-3)
     diagonal = lambda z, t: z * matrix.diagonal().view(1, 4, 2)
     one = velocity_and_trace(diagonal, z, 0.5, 2, None, probes[:1])[1]
     assert torch.allclose(one, velocity_and_trace(diagonal, z, 0.5, 2)[1]) == (kind == "rademacher")
@@ -487,6 +489,12 @@ def test_samples_are_nested_and_seeded() -> None:
     assert not torch.isclose(two, other).any()
 
 
+def test_every_use_has_a_stream_of_its_own() -> None:
+    "Of every row and seed, beyond 32 bits too: none repeats another's numbers."
+    streams = [source for seed in (0, 1, 2, 2**40 + 1) for source in likelihood._sources_of(seed).values()]
+    assert len({torch.randn(1, generator=source).item() for source in streams}) == 16
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_entropy_is_that_of_what_the_prior_sees(scale: float) -> None:
     "-log q of the scaled and shifted latents, by another library; the sampled latents have the posterior's spread times the factor."
@@ -499,6 +507,35 @@ def test_entropy_is_that_of_what_the_prior_sees(scale: float) -> None:
     law = Normal(scale * (told.mean - 0.3), scale * 0.7 * (0.5 * told.logvar).exp())
     torch.testing.assert_close(entropy, -law.log_prob(z).sum(-1), atol=1e-3, rtol=1e-4)
     torch.testing.assert_close(z.std(0), law.scale[0], rtol=0.2, atol=0.0)
+
+
+@pytest.mark.parametrize("history", ["mean", "sample"])
+def test_known_latents_come_from_the_prompt_alone(history: str) -> None:
+    "As generation reads it: what follows in the same block does not change them; the others come from the whole text."
+    model, config = small(size=4), LikelihoodConfig(history=history)
+    prompt, texts = [4, 5, 6, 7, 8, 9], [[1, 2], [9, 9]]
+    batch = likelihood._Batch(model, likelihood._scored_rows(model, [prompt] * 2, texts, False))
+    z, entropy = batch.latents_of(config, [likelihood._sources_of(3)] + [likelihood._sources_of(3)])
+    known = batch.known[0]
+    assert known.tolist() == [True] * 6 + [False] * 2 and torch.equal(z[0, known], z[1, known]) and not torch.isclose(z[0, ~known], z[1, ~known]).any()
+    if history == "mean": torch.testing.assert_close(z[:1, known], read_prompts(model, [prompt]).latents[:, known])
+    assert entropy[:, known].eq(0).all() and entropy[:, ~known].ne(0).all()
+
+
+def test_open_latents_have_the_density_that_is_charged() -> None:
+    "The flow, asked where they came from, names the noise that was drawn; all others stay as they are."
+    model, config = small(size=4), replace(FINE, steps=48, start=0.2)
+    rows = likelihood._scored_rows(model, [[], [4, 5]], [[4, 5, 6], [7, 8, 9, 4, 5]], False)
+    batch, sources = likelihood._Batch(model, rows), [likelihood._sources_of(row) for row in range(2)]
+    z, entropy = batch.latents_of(config, sources)
+    before, paid = z.clone(), entropy.clone()
+    batch.fill_open(z, entropy, config, sources)
+    assert batch.open.tolist() == [[False] * 3 + [True] + [False] * 4, [False] * 7 + [True]]
+    assert torch.equal(z[~batch.open], before[~batch.open])
+    found = flow_log_prob(block_velocity(model.dit, z, ~batch.open), z, config, 4, batch.open)
+    drawn = batch.draw([likelihood._sources_of(row) for row in range(2)], "open")
+    torch.testing.assert_close(found.noise[batch.open], drawn[batch.open], atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close((paid - entropy).view(2, 2, 4).sum(-1), found.log_prob, atol=1e-3, rtol=1e-3)
 
 
 def test_error_of_the_solver_is_told() -> None:
