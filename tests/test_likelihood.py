@@ -514,7 +514,7 @@ def test_known_latents_come_from_the_prompt_alone(history: str) -> None:
     "As generation reads it: what follows in the same block does not change them; the others come from the whole text."
     model, config = small(size=4), LikelihoodConfig(history=history)
     prompt, texts = [4, 5, 6, 7, 8, 9], [[1, 2], [9, 9]]
-    batch = likelihood._Batch(model, likelihood._scored_rows(model, [prompt] * 2, texts, False))
+    batch = likelihood._Batch(model, likelihood.scored_rows(model, [prompt] * 2, texts, False))
     z, entropy = batch.latents_of(config, [likelihood._sources_of(3)] + [likelihood._sources_of(3)])
     known = batch.known[0]
     assert known.tolist() == [True] * 6 + [False] * 2 and torch.equal(z[0, known], z[1, known]) and not torch.isclose(z[0, ~known], z[1, ~known]).any()
@@ -525,7 +525,7 @@ def test_known_latents_come_from_the_prompt_alone(history: str) -> None:
 def test_open_latents_have_the_density_that_is_charged() -> None:
     "The flow, asked where they came from, names the noise that was drawn; all others stay as they are."
     model, config = small(size=4), replace(FINE, steps=48, start=0.2)
-    rows = likelihood._scored_rows(model, [[], [4, 5]], [[4, 5, 6], [7, 8, 9, 4, 5]], False)
+    rows = likelihood.scored_rows(model, [[], [4, 5]], [[4, 5, 6], [7, 8, 9, 4, 5]], False)
     batch, sources = likelihood._Batch(model, rows), [likelihood._sources_of(row) for row in range(2)]
     z, entropy = batch.latents_of(config, sources)
     before, paid = z.clone(), entropy.clone()
