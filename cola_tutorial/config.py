@@ -373,7 +373,7 @@ class BaselineTraining(LoopConfig):
     "Training of a rival, by its own loss in the same loop."
 
     optimizer: str = "muon"  # learns to look back in half the steps of adamw
-    learning_rate: float = 1e-2  # peak learning rate of the tiny size
+    learning_rate: float = 3e-3  # peak learning rate of the tiny size
     warmup_steps: int = 50  # linear warm-up to the peak
     ema_decay: float = 0.99  # decay of the average of the weights, as in stage 2
 
