@@ -249,6 +249,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'cola_tutorial.compare.Measure': ('compare.html#measure', 'cola_tutorial/compare.py'),
                                        'cola_tutorial.compare.SpeedPoint': ('compare.html#speedpoint', 'cola_tutorial/compare.py'),
                                        'cola_tutorial.compare._drawn': ('compare.html#_drawn', 'cola_tutorial/compare.py'),
+                                       'cola_tutorial.compare._leave_with_parent': ( 'compare.html#_leave_with_parent',
+                                                                                     'cola_tutorial/compare.py'),
                                        'cola_tutorial.compare._mean': ('compare.html#_mean', 'cola_tutorial/compare.py'),
                                        'cola_tutorial.compare._of': ('compare.html#_of', 'cola_tutorial/compare.py'),
                                        'cola_tutorial.compare._panels': ('compare.html#_panels', 'cola_tutorial/compare.py'),

@@ -17,6 +17,7 @@ import json
 import math
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -315,6 +316,11 @@ def run_unit(
     return name, (time.perf_counter() - began) / 60
 
 # %% ../nbs/13d_compare.ipynb #4f2196ce
+def _leave_with_parent() -> None:
+    "End this process when the one that started it is gone, however it went: else a stopped comparison would go on training."
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
 def train_all(
     config: CompareConfig,  # what is compared
     out: Path,  # folder of the comparison
@@ -330,7 +336,7 @@ def train_all(
         for number, (entrant, seed) in enumerate(units, 1): told(number, *run_unit(config, entrant, seed, out))
     else:
         # Fresh processes: a fork of one that has run torch may hang.
-        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _leave_with_parent) as pool:
             waiting = [pool.submit(run_unit, config, entrant, seed, out, threads) for entrant, seed in units]
             for number, done in enumerate(as_completed(waiting), 1): told(number, *done.result())
     return found

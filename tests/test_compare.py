@@ -3,6 +3,8 @@
 import json
 import math
 import statistics
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -208,6 +210,24 @@ def test_units_can_be_trained_side_by_side(tmp_path: Path) -> None:
     for seed in config.seeds:
         one, two = (read_measures(tmp_path / name / f"ar-{seed}" / "measures.csv") for name in ("one", "two"))
         assert one == two
+
+
+PARENT = """
+import multiprocessing, os, signal
+from concurrent.futures import ProcessPoolExecutor
+from cola_tutorial.compare import _leave_with_parent
+with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _leave_with_parent) as pool:
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(signal.pause).result()
+"""
+
+
+def test_workers_leave_with_their_parent() -> None:
+    "A comparison that is killed leaves no training behind: what was printed to ends when the last process has."
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True) as parent:
+        assert int(parent.stdout.readline()) != parent.pid
+        parent.kill()
+        assert parent.communicate(timeout=60)[0] == ""
 
 
 def test_text_without_a_grammar_is_asked_too(tmp_path: Path) -> None:
