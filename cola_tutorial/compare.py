@@ -90,7 +90,7 @@ def run(
     recipe = read_run(data_dir() / "pretrained" / "run.json")
     stage1 = replace(recipe.stage1, **same | dict(steps=self.steps1, save_every=self.steps1, keep_every=0))
     rival = BaselineTraining(steps=steps, learning_rate=RATES[kind], **same)
-    loop = {name: getattr(rival, name) for name in ("optimizer", "learning_rate", "warmup_steps", "ema_decay")}
+    loop = {name: getattr(rival, name) for name in ("optimizer", "learning_rate", "warmup_steps", "schedule", "decline", "ema_decay")}
     stage2 = replace(recipe.stage2, **same | loop | {"steps": steps})
     own = {} if kind == "cola" else asdict(baseline_for(preset(self.size, **self.changes), kind))
     own = {k: v for k, v in own.items() if k not in ("kind", "vocab_size", "pad_id", "end_id")} | {"rope_theta": 100.0}  # short rows, fast angles

@@ -375,6 +375,8 @@ class BaselineTraining(LoopConfig):
     optimizer: str = "muon"  # learns to look back in half the steps of adamw
     learning_rate: float = 3e-3  # peak learning rate of the tiny size
     warmup_steps: int = 50  # linear warm-up to the peak
+    schedule: str = "wsd"  # what is to be looked up in a text is found at the peak rate, and no one knows when
+    decline: float = 1 / 3  # the last part of the steps, in which the rate declines
     ema_decay: float = 0.99  # decay of the average of the weights, as in stage 2
 
 # %% ../nbs/01_config.ipynb #4b98e223
