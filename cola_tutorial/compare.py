@@ -472,7 +472,7 @@ def plot_curves(
         ax.set_title(name, fontsize=9)
         ax.set_ylim(*_SHARE)
         ax.set_xlabel("training operations, in 10^12", fontsize=8)
-    axes[0].legend(fontsize=7)
+    if names: axes[0].legend(fontsize=7)
     return figure
 
 
