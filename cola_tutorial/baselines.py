@@ -584,7 +584,7 @@ def levels(
     u = low + (high - low) * t
     return self.middle + self.width * u.logit(), self.width * (high - low) / (u * (1 - u))
 
-
+# %% ../nbs/12c_plaid.ipynb #5a488155
 @patch(nm="draw")
 def _draw_drift(
     self: Plaid,
