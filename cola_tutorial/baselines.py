@@ -636,7 +636,7 @@ def _ends(self: Plaid, tokens: Tensor, noise: Tensor) -> Tensor:
     evidence = self.drifted(self.points[tokens], low, noise) * (1 - clear).sqrt() / clear
     return fog - (evidence @ self.points.T).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
-
+# %% ../nbs/12c_plaid.ipynb #b823f3bd
 @patch(nm="log_weights")
 @torch.no_grad()
 def _drift_weights(
@@ -688,7 +688,7 @@ def clear(
         mean = kept * (1 - taken) * z + (1 - variance).sqrt() * taken * _expected(states, self.head(), points)
         z = mean + (variance * taken).sqrt() * draw()
 
-
+# %% ../nbs/12c_plaid.ipynb #4a1fd4db
 @patch(nm="generate")
 @torch.no_grad()
 def _clear_rows(
