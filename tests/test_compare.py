@@ -17,6 +17,7 @@ from cola_tutorial.compare import (
     compare_models,
     cut_at_word,
     entrants,
+    last_answers,
     over_seeds,
     paper_and_found,
     read_measures,
@@ -144,6 +145,11 @@ def test_speed_is_compared_where_all_are_equally_good() -> None:
     measures = [m for k, s, q, t in told for m in (answer(k, 1, 5, "parses by steps", q, s), answer(k, 1, 5, "time by steps", t, s))]
     common, best = speed_at_equal_quality(measures)
     assert common == 0.7 and {k: p.steps for k, p in best.items()} == {"ar": 1, "cola": 8, "llada": 20}
+    worthless = [m for t, n in ((0.0, "parses by steps"), (0.1, "time by steps")) for m in (answer("plaid", 1, 5, n, t, 16),)]
+    assert speed_at_equal_quality(measures + worthless) == (common, best)
+    found = paper_and_found([answer(k, 1, 5, "parses", 0.5) for k in ("cola", "ar", "llada", "plaid")] + measures + worthless)
+    assert "Plaid not at all" in found[-1][2] and "LLaDA 4.00 times" in found[-1][2]
+    assert speed_at_equal_quality(worthless) == (0.0, {})
     with pytest.raises(ConfigError, match="no speeds"): speed_at_equal_quality([])
 
 
@@ -251,3 +257,37 @@ def test_stage_settings_are_the_shipped_models() -> None:
     run = CompareConfig().run("cola", 66)
     assert isinstance(run.stage1, Stage1Config) and isinstance(run.stage2, Stage2Config)
     assert run.stage1.beta == 3e-5 and run.stage2.time_loc == 1.0
+
+
+# What is shipped
+
+
+@pytest.mark.parametrize("name", ["stories"])
+def test_shipped_comparisons_are_whole(name: str, tmp_path: Path) -> None:
+    "Small files; all models with at least three seeds, asked alike and under the same budget; a page that they draw."
+    folder = data_dir() / "comparisons" / name
+    assert {path.name for path in folder.iterdir()} == {"comparison.json", "results.csv"}
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 100_000
+    record, measures = json.loads((folder / "comparison.json").read_text(encoding="utf-8")), read_measures(folder / "results.csv")
+    config = CompareConfig(**record["config"])
+    assert config.models == ("cola", "ar", "llada", "plaid") and len(config.seeds) >= 3
+    assert record["machine"] and record["minutes"] > 0 and record["entrants"].keys() == {*config.models}
+    last = last_answers(measures)
+    for question, by_model in last.items():
+        assert {m.seed for answers in by_model.values() for m in answers if m.model != "truth"} == {*config.seeds}, question
+        assert {*by_model} - {"truth"} == {*config.models}, question
+    ends = {model: {m.flops for m in measures if m.model == model and m.flops} for model in config.models}
+    assert max(map(max, ends.values())) / min(map(max, ends.values())) < 1.01
+    assert all(m.low <= m.value <= m.high for m in measures)
+    page = write_comparison(folder, tmp_path / "page.html")
+    assert page.stat().st_size < 2**20 and page.read_text(encoding="utf-8").count("<svg") == 3
+
+
+def test_a_shipped_autoregressive_model_reaches_the_corpuss_entropy() -> None:
+    "Within three percent of what the same stories cost the grammar, with its best seed; and no model claims to know more than the grammar."
+    last = last_answers(read_measures(data_dir() / "comparisons" / "stories" / "results.csv"))["nats per token"]
+    truth = last["truth"][0].value
+    assert min(m.value for m in last["ar"]) < 1.03 * truth
+    for model in ("cola", "ar", "llada", "plaid"): assert all(m.value > truth for m in last[model])
+    stories = CompareConfig(scored=last["truth"][0].n)
+    assert true_nats(load_tokenizer(data_dir() / "pretrained"), stories)[0] == pytest.approx(truth, rel=0.02)
