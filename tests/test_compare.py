@@ -262,7 +262,7 @@ def test_stage_settings_are_the_shipped_models() -> None:
 # What is shipped
 
 
-@pytest.mark.parametrize("name", ["stories"])
+@pytest.mark.parametrize("name", ["stories", "wikitext-2"])
 def test_shipped_comparisons_are_whole(name: str, tmp_path: Path) -> None:
     "Small files; all models with at least three seeds, asked alike and under the same budget; a page that they draw."
     folder = data_dir() / "comparisons" / name
