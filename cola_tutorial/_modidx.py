@@ -79,6 +79,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'cola_tutorial.baselines.Plaid.clear': ('plaid.html#plaid.clear', 'cola_tutorial/baselines.py'),
                                          'cola_tutorial.baselines.Plaid.drifted': ( 'plaid.html#plaid.drifted',
                                                                                     'cola_tutorial/baselines.py'),
+                                         'cola_tutorial.baselines.Plaid.evidence': ( 'plaid.html#plaid.evidence',
+                                                                                     'cola_tutorial/baselines.py'),
                                          'cola_tutorial.baselines.Plaid.head': ('plaid.html#plaid.head', 'cola_tutorial/baselines.py'),
                                          'cola_tutorial.baselines.Plaid.levels': ('plaid.html#plaid.levels', 'cola_tutorial/baselines.py'),
                                          'cola_tutorial.baselines.Plaid.points': ('plaid.html#plaid.points', 'cola_tutorial/baselines.py'),

@@ -543,6 +543,11 @@ class Plaid(Baseline, kind="plaid"):
         "Where the tokens lie."
         return F.normalize(self.net.points.weight.float(), dim=-1) * self.config.embedding_dim**0.5
 
+    def evidence(self, z: Tensor, gamma: Tensor) -> Tensor:  # shaped like z
+        "u of drifted points `z` (..., d) at `gamma` (...): its product with a token's point is log p(z | token), but for a constant."
+        variance = gamma.sigmoid()[..., None]
+        return z * (1 - variance).sqrt() / variance
+
     def drifted(self, points: Tensor, gamma: Tensor, noise: Tensor) -> Tensor:  # shaped like points
         "sqrt(1 - sigma^2) e + sigma epsilon, for `points` and `noise` (..., d) and `gamma` (...)."
         variance = gamma.sigmoid()[..., None]
@@ -559,8 +564,7 @@ def states(
     documents: Tensor | None = None,  # document of every position, (B, L): none sees another
 ) -> Tensor:  # the transformer's answer and the evidence, side by side, (B, L, dim + d)
     "What tells each token: its product with the rows of `head` are logits."
-    variance = gamma.sigmoid()[..., None]
-    evidence, words, mask = z * (1 - variance).sqrt() / variance, self.net.wte.weight[:-1], self.net.wte.weight[-1]
+    evidence, words, mask = self.evidence(z, gamma), self.net.wte.weight[:-1], self.net.wte.weight[-1]
     with torch.autocast(z.device.type, enabled=False): guess = _expected(evidence, self.points, words.float())
     x = torch.where(given[..., None], words[tokens], mask + guess.to(words.dtype)) + _begins(tokens, documents) * words[self.config.end_id]
     return torch.cat([self.net.states(x, self.net.sight(tokens.shape[1], "bidirectional", documents)), evidence], -1)
@@ -629,11 +633,9 @@ def _drift_terms(
 @patch
 def _ends(self: Plaid, tokens: Tensor, noise: Tensor) -> Tensor:
     "The first and the last term of the bound for each token, nats, shaped like `tokens`; the last is drawn with `noise` (..., d)."
-    low, high = (torch.full(tokens.shape, end, device=tokens.device) for end in (self.plain, self.foggy))
-    variance, clear = high.sigmoid(), low.sigmoid()[..., None]
-    d = self.config.embedding_dim
-    fog = 0.5 * d * (variance - 1 - variance.log() + 1 - variance)  # |e|^2 = d
-    evidence = self.drifted(self.points[tokens], low, noise) * (1 - clear).sqrt() / clear
+    low = torch.full(tokens.shape, self.plain, device=tokens.device)
+    fog = 0.5 * self.config.embedding_dim * math.log1p(math.exp(-self.foggy))  # KL: (d sigma^2 + (1 - sigma^2) |e|^2 - d - d log sigma^2) / 2, |e|^2 = d
+    evidence = self.evidence(self.drifted(self.points[tokens], low, noise), low)
     return fog - (evidence @ self.points.T).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
 # %% ../nbs/12c_plaid.ipynb #b823f3bd
